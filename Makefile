@@ -1,0 +1,81 @@
+# Every target sets itself up: `make serve` or `make test` on a fresh clone is enough.
+# Set-up runs again only when pyproject.toml or a file in requirements/ changes.
+
+PYTHON ?= python3
+PORT   ?= 8000
+MODEL  ?=
+ARGS   ?=
+# What pip installs as PyTorch, before everything else. TORCH= (empty) keeps the torch that VENV_ARGS brings:
+#   make venv VENV_ARGS=--system-site-packages TORCH=
+TORCH     ?= -r requirements/torch.txt
+VENV_ARGS ?=
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+RUNTIME := $(VENV)/.ready
+TOOLS   := $(VENV)/.ready-tools
+PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test test-gpu check format bench docs lock wheel clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  Settings: PORT=$(PORT) MODEL=<name or folder> ARGS='<more flags>' PYTHON=$(PYTHON)"
+
+serve: $(RUNTIME) ## start the server with the model in the box (MODEL=... for another)
+	@exec $(BIN)/sightline serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: $(TOOLS) ## run every test that needs no GPU
+	@$(BIN)/python -m pytest -q --ignore=tests/gpu $(ARGS)
+
+test-gpu: $(TOOLS) ## run the tests that need a CUDA device (skipped, with the reason, without one)
+	@$(BIN)/python -m pytest -q tests/gpu $(ARGS)
+
+check: $(TOOLS) ## lint, format, types and the import ladder
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(TOOLS) ## fix what ruff can fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(TOOLS) ## measure sightline beside transformers generate on this CPU
+	@$(BIN)/python -m sightline.bench.compare $(ARGS)
+
+docs: $(RUNTIME) ## write docs/configuration.md from the settings' declarations
+	@$(BIN)/python scripts/write_docs.py
+
+wheel: $(TOOLS) ## build the wheel into dist/
+	@$(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls -l dist
+
+venv: $(TOOLS) ## make .venv with the tested versions of everything
+
+lock: $(TOOLS) ## write requirements/tested.txt from what .venv has now
+	@{ echo "# Versions that the tests ran with: a constraints file for pip, written by 'make lock' from .venv."; \
+	  $(BIN)/pip freeze --exclude-editable | grep -ivE '^(torch|nvidia-.*|triton|cuda-.*|sightline)(==| @)'; } \
+	  > requirements/tested.txt.new && mv requirements/tested.txt.new requirements/tested.txt
+	@wc -l requirements/tested.txt
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sightline needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+$(RUNTIME): pyproject.toml requirements/torch.txt requirements/tested.txt | $(BIN)/python
+	@echo "Installing sightline into $(VENV) ..."
+	$(if $(strip $(TORCH)),@$(PIP) $(TORCH))
+	@$(PIP) --constraint requirements/tested.txt --editable .
+	@touch $@
+
+$(TOOLS): $(RUNTIME)
+	@echo "Installing what the tests and checks need ..."
+	@$(PIP) --constraint requirements/tested.txt --editable '.[test,dev]'
+	@touch $@

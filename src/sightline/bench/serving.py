@@ -1,0 +1,339 @@
+"""Load on a running server over HTTP: `sightline bench serve --base-url http://127.0.0.1:8000`.
+
+A closed loop: `concurrency` clients each send a request, read its stream to the end and send the next. Works against
+any server with OpenAI's chat completions. Pictures are made before the clock starts; by default every request has its
+own, so that no cache of the server can answer for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sightline.bench.report import Summary, environment, summarize, table
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What to send."""
+
+    base_url: str = "http://127.0.0.1:8000"
+    model: str | None = None
+    api_key: str | None = None
+    concurrency: int = 8
+    num_requests: int = 64
+    warmup: int = 2
+    max_tokens: int = 32
+    ignore_eos: bool = False
+    images_per_request: int = 1
+    image_sizes: tuple[tuple[int, int], ...] = ((448, 448),)
+    image_format: str = "jpeg"
+    shared_images: bool = False
+    question: str = "What is in this image?"
+    temperature: float = 0.0
+    timeout: float = 600.0
+    seed: int = 0
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """One request as its client saw it; seconds. `error` is None for a complete answer."""
+
+    started: float
+    ttft: float | None = None
+    latency: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    text: str = ""
+    error: str | None = None
+
+    @property
+    def inter_token(self) -> float | None:
+        """Mean seconds between tokens after the first."""
+        if self.error is not None or self.ttft is None or self.output_tokens < 2:
+            return None
+        return (self.latency - self.ttft) / (self.output_tokens - 1)
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """All that a run measured; milliseconds and per-second rates. This is the JSON output."""
+
+    load: Load
+    environment: dict[str, str]
+    duration_seconds: float
+    completed: int
+    failed: int
+    errors: dict[str, int]
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    request_throughput: float
+    output_token_throughput: float
+    total_token_throughput: float
+    time_to_first_token_ms: Summary | None
+    inter_token_latency_ms: Summary | None
+    request_latency_ms: Summary | None
+
+
+def make_picture(rng: random.Random, size: tuple[int, int], format: str) -> str:
+    """A data URL of a smooth random picture: it compresses like a photograph, and no two are equal."""
+    coarse = (max(2, size[0] // 32), max(2, size[1] // 32))
+    picture = Image.frombytes("RGB", coarse, rng.randbytes(3 * coarse[0] * coarse[1]))
+    buffer = io.BytesIO()
+    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, format=format.upper())
+    return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def make_body(load: Load, model: str, index: int, purpose: str = "load") -> bytes:
+    """The JSON of request `index`. The same load, index and purpose give the same bytes."""
+    seed = "shared" if load.shared_images else f"{purpose}-{index}"
+    rng = random.Random(f"{load.seed}-{seed}")
+    sizes = [load.image_sizes[(index + i) % len(load.image_sizes)] for i in range(load.images_per_request)]
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": make_picture(rng, size, load.image_format)}} for size in sizes
+    ]
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": load.question}]}],
+        "max_tokens": load.max_tokens,
+        "temperature": load.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if load.ignore_eos:
+        body["ignore_eos"] = True
+    return msgspec.json.encode(body)
+
+
+async def send(client: httpx2.AsyncClient, body: bytes) -> Outcome:
+    """Send one request and read its stream to the end. Every failure is an outcome, none is an exception."""
+    outcome = Outcome(started=time.perf_counter())
+    done = False
+    try:
+        headers = {"content-type": "application/json"}
+        async with client.stream("POST", "/v1/chat/completions", content=body, headers=headers) as answer:
+            if answer.status_code != 200:
+                message = (await answer.aread()).decode(errors="replace")
+                outcome.error = f"HTTP {answer.status_code}: {_error_message(message)}"
+            else:
+                async for line in answer.aiter_lines():
+                    if line == "data: [DONE]":
+                        done = True
+                    elif line.startswith("data: "):
+                        _take(outcome, msgspec.json.decode(line[6:]))
+    except (httpx2.HTTPError, OSError, msgspec.DecodeError) as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    outcome.latency = time.perf_counter() - outcome.started
+    if outcome.error is None and not done:
+        outcome.error = "the stream ended without [DONE]"
+    return outcome
+
+
+def _take(outcome: Outcome, chunk: dict[str, Any]) -> None:
+    if error := chunk.get("error"):
+        outcome.error = f"in the stream: {error.get('message', error)}"
+    for choice in chunk.get("choices") or []:
+        if text := choice.get("delta", {}).get("content"):
+            if outcome.ttft is None:
+                outcome.ttft = time.perf_counter() - outcome.started
+            outcome.text += text
+    if usage := chunk.get("usage"):
+        outcome.prompt_tokens = usage.get("prompt_tokens", 0)
+        outcome.output_tokens = usage.get("completion_tokens", 0)
+        outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+
+
+def _error_message(body: str) -> str:
+    try:
+        error = msgspec.json.decode(body)["error"]
+        return str(error["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return body[:200]
+
+
+@contextlib.contextmanager
+def progress(total: int, quiet: bool) -> Iterator[Any]:
+    """A callable for each finished request: a bar on a terminal, ten plain lines elsewhere, nothing when quiet."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("requests", total=total)
+            yield lambda: bar.advance(task)
+    else:
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if done == total or done % max(1, total // 10) == 0:
+                print(f"{done}/{total} requests", file=sys.stderr, flush=True)
+
+        yield count
+
+
+async def run(load: Load, *, quiet: bool = False) -> tuple[Result, list[Outcome]]:
+    """Put the load on the server. Returns the summary and every request's outcome, in the order of their indices."""
+    headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}
+    limits = httpx2.Limits(max_connections=load.concurrency, max_keepalive_connections=load.concurrency)
+    async with httpx2.AsyncClient(
+        base_url=load.base_url, headers=headers, limits=limits, timeout=load.timeout, trust_env=False
+    ) as client:
+        model = load.model or await _first_model(client)
+        bodies = [make_body(load, model, i) for i in range(load.num_requests)]
+        for i in range(load.warmup):
+            warm = await send(client, make_body(load, model, i, "warmup"))
+            if warm.error is not None:
+                raise ServingError(f"the warm-up request failed: {warm.error}")
+        outcomes: list[Outcome | None] = [None] * load.num_requests
+        indices = iter(range(load.num_requests))
+        with progress(load.num_requests, quiet) as count:
+
+            async def worker() -> None:
+                for index in indices:
+                    outcomes[index] = await send(client, bodies[index])
+                    count()
+
+            began = time.perf_counter()
+            await asyncio.gather(*(worker() for _ in range(min(load.concurrency, load.num_requests))))
+            duration = time.perf_counter() - began
+    finished = [outcome for outcome in outcomes if outcome is not None]
+    return summarize_run(load, finished, duration), finished
+
+
+class ServingError(Exception):
+    """The benchmark cannot run; the message says why."""
+
+
+async def _first_model(client: httpx2.AsyncClient) -> str:
+    try:
+        answer = await client.get("/v1/models")
+        answer.raise_for_status()
+        return str(answer.json()["data"][0]["id"])
+    except (httpx2.HTTPError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ServingError(f"GET {client.base_url}/v1/models: {error or type(error).__name__}") from None
+
+
+def summarize_run(load: Load, outcomes: list[Outcome], duration: float) -> Result:
+    """Totals and percentiles; failed requests count only as failures."""
+    good = [o for o in outcomes if o.error is None]
+    output = sum(o.output_tokens for o in good)
+    prompt = sum(o.prompt_tokens for o in good)
+    return Result(
+        load=msgspec.structs.replace(load, api_key=None),
+        environment=environment(("sightline",)),
+        duration_seconds=duration,
+        completed=len(good),
+        failed=len(outcomes) - len(good),
+        errors=dict(Counter(o.error for o in outcomes if o.error is not None)),
+        prompt_tokens=prompt,
+        cached_tokens=sum(o.cached_tokens for o in good),
+        output_tokens=output,
+        request_throughput=len(good) / duration,
+        output_token_throughput=output / duration,
+        total_token_throughput=(output + prompt) / duration,
+        time_to_first_token_ms=summarize([1e3 * o.ttft for o in good if o.ttft is not None]),
+        inter_token_latency_ms=summarize([1e3 * o.inter_token for o in good if o.inter_token is not None]),
+        request_latency_ms=summarize([1e3 * o.latency for o in good]),
+    )
+
+
+def describe(result: Result) -> str:
+    """The result for a person to read."""
+    load = result.load
+    sizes = ", ".join(f"{w}x{h}" for w, h in load.image_sizes) if load.images_per_request else "no pictures"
+    lines = [
+        f"{result.completed} requests of {load.images_per_request} picture(s) ({sizes}), {load.concurrency} at a time, "
+        f"in {result.duration_seconds:.2f} s; {result.failed} failed",
+        "",
+        f"requests/s       {result.request_throughput:10.2f}",
+        f"output tokens/s  {result.output_token_throughput:10.1f}",
+        f"all tokens/s     {result.total_token_throughput:10.1f}",
+        f"prompt tokens    {result.prompt_tokens:10d}  ({result.cached_tokens} from the prefix cache)",
+        f"output tokens    {result.output_tokens:10d}",
+        "",
+    ]
+    rows = [
+        (name, *(f"{value:.1f}" for value in (s.mean, s.p50, s.p90, s.p99, s.max)))
+        for name, s in (
+            ("time to first token, ms", result.time_to_first_token_ms),
+            ("inter-token latency, ms", result.inter_token_latency_ms),
+            ("request latency, ms", result.request_latency_ms),
+        )
+        if s is not None
+    ]
+    lines.append(table(("", "mean", "p50", "p90", "p99", "max"), rows))
+    lines += [f"{count:5d} x {error}" for error, count in result.errors.items()]
+    return "\n".join(lines)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
+    return int(width), int(height)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, with the defaults of `Load`."""
+    p = argparse.ArgumentParser(prog="sightline bench serve", description=(__doc__ or "").partition("\n\n")[2])
+    d = Load()
+    p.add_argument("--base-url", default=d.base_url, help="without the /v1 (default: %(default)s)")
+    p.add_argument("--model", help="default: the server's first")
+    p.add_argument("--api-key")
+    p.add_argument("--concurrency", type=int, default=d.concurrency, help="clients at once (default: %(default)s)")
+    p.add_argument("--num-requests", type=int, default=d.num_requests, help="default: %(default)s")
+    p.add_argument("--warmup", type=int, default=d.warmup, help="requests before the clock starts (%(default)s)")
+    p.add_argument("--max-tokens", type=int, default=d.max_tokens, help="per answer (default: %(default)s)")
+    p.add_argument("--ignore-eos", action="store_true", help="make every answer max-tokens long (an extension)")
+    p.add_argument("--images-per-request", type=int, default=d.images_per_request, help="default: %(default)s")
+    p.add_argument("--image-sizes", type=_size, nargs="+", default=list(d.image_sizes), metavar="WxH", help="in turn")
+    p.add_argument("--image-format", choices=("jpeg", "png", "webp"), default=d.image_format)
+    p.add_argument("--shared-images", action="store_true", help="the same pictures in every request: caches may help")
+    p.add_argument("--question", default=d.question)
+    p.add_argument("--temperature", type=float, default=d.temperature)
+    p.add_argument("--timeout", type=float, default=d.timeout, help="seconds per request (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=d.seed)
+    p.add_argument("--json", metavar="FILE", help="write the result as JSON too; - for standard output alone")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 when every request was answered, 1 otherwise."""
+    arguments = vars(parser().parse_args(argv))
+    target = arguments.pop("json")
+    arguments["image_sizes"] = tuple(arguments["image_sizes"])
+    try:
+        result, _ = asyncio.run(run(Load(**arguments), quiet=target == "-"))
+    except ServingError as error:
+        print(f"sightline bench serve: {error}", file=sys.stderr)
+        return 1
+    encoded = msgspec.json.format(msgspec.json.encode(result))
+    if target == "-":
+        print(encoded.decode())
+    else:
+        print(describe(result))
+        if target:
+            Path(target).write_bytes(encoded + b"\n")
+    return 0 if result.failed == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

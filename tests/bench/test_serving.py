@@ -1,0 +1,207 @@
+"""The load generator against a stand-in server whose behavior is known."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sightline.bench import main, serving
+from sightline.bench.report import percentile, summarize, table
+
+STEP = 0.02
+
+
+class StandIn(ThreadingHTTPServer):
+    """Answers every chat with three tokens, STEP seconds apart, and remembers what it saw."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.now = self.most = 0
+        self.bodies: list[dict[str, Any]] = []
+        self.fault = ""
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: StandIn
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.answer(200, b'{"data": [{"id": "stand-in"}]}')
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        if self.server.fault == "status" and len(self.server.bodies) % 2:
+            self.answer(400, b'{"error": {"message": "no such luck"}}')
+        else:
+            self.stream()
+        with self.server.lock:
+            self.server.now -= 1
+
+    def stream(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()  # HTTP/1.0: the end of the connection ends the stream
+        self.send({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        for word in ("a", " red", " square"):
+            time.sleep(STEP)
+            self.send({"choices": [{"delta": {"content": word}}]})
+        if self.server.fault == "stream":
+            self.send({"error": {"message": "engine died"}})
+            return
+        usage = {"prompt_tokens": 50, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 16}}
+        self.send({"choices": [], "usage": usage})
+        if self.server.fault != "no end":
+            self.wfile.write(b"data: [DONE]\n\n")
+
+    def send(self, chunk: dict[str, Any]) -> None:
+        self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+
+
+@pytest.fixture
+def stand_in() -> Iterator[StandIn]:
+    server = StandIn()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def measure(server: StandIn, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, Any]]:
+    code = main(["serve", "--base-url", server.base_url, "--image-sizes", "64x48", "--json", "-", *flags])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_counts_and_times_are_those_of_the_server(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    code, result = measure(stand_in, capsys, "--concurrency", "3", "--num-requests", "7", "--warmup", "1")
+    assert code == 0
+    assert (result["completed"], result["failed"]) == (7, 0)
+    assert (result["prompt_tokens"], result["cached_tokens"], result["output_tokens"]) == (350, 112, 21)
+    assert len(stand_in.bodies) == 8, "seven and one to warm up"
+    assert stand_in.most == 3, "a closed loop of three clients"
+    first, between = result["time_to_first_token_ms"], result["inter_token_latency_ms"]
+    assert 1e3 * STEP <= first["p50"] < 10e3 * STEP, "the empty first delta is no token"
+    assert 1e3 * STEP * 0.9 <= between["p50"] < 10e3 * STEP
+    assert result["request_latency_ms"]["p50"] >= 3e3 * STEP
+    rate = result["output_tokens"] / result["duration_seconds"]
+    assert math.isclose(result["output_token_throughput"], rate)
+
+
+def test_the_requests_are_what_was_asked_for(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--num-requests", "4", "--warmup", "0", "--images-per-request", "2", "--max-tokens", "5")
+    measure(stand_in, capsys, *flags, "--ignore-eos", "--image-sizes", "64x48", "30x90", "--image-format", "png")
+    pictures = set()
+    for body in stand_in.bodies:
+        assert body["model"] == "stand-in"
+        assert (body["max_tokens"], body["ignore_eos"], body["stream"]) == (5, True, True)
+        *parts, text = body["messages"][0]["content"]
+        assert text["type"] == "text"
+        sizes = []
+        for part in parts:
+            head, _, data = part["image_url"]["url"].partition(",")
+            assert head == "data:image/png;base64"
+            pictures.add(data)
+            sizes.append(Image.open(io.BytesIO(base64.b64decode(data))).size)
+        assert sorted(sizes) == [(30, 90), (64, 48)]
+    assert len(pictures) == 8, "every picture is another one"
+
+
+def test_shared_pictures_are_the_same_in_every_request() -> None:
+    load = serving.Load(shared_images=True, image_sizes=((64, 48),))
+    assert serving.make_body(load, "m", 0) == serving.make_body(load, "m", 5, "warmup")
+    alone = serving.Load(image_sizes=((64, 48),))
+    assert serving.make_body(alone, "m", 0) == serving.make_body(alone, "m", 0), "repeatable"
+    assert serving.make_body(alone, "m", 0) != serving.make_body(alone, "m", 0, "warmup")
+
+
+@pytest.mark.parametrize(
+    ("fault", "failed", "message"),
+    [
+        ("status", 2, "HTTP 400: no such luck"),
+        ("stream", 4, "in the stream: engine died"),
+        ("no end", 4, "the stream ended without [DONE]"),
+    ],
+)
+def test_a_failure_is_counted_and_named(
+    stand_in: StandIn, capsys: pytest.CaptureFixture[str], fault: str, failed: int, message: str
+) -> None:
+    stand_in.fault = fault
+    code, result = measure(stand_in, capsys, "--num-requests", "4", "--concurrency", "1", "--warmup", "0")
+    assert code == 1
+    assert result["failed"] == failed
+    assert result["errors"] == {message: failed}
+    assert result["output_tokens"] == 3 * (4 - failed), "failed requests add no tokens"
+
+
+def test_no_server_is_a_sentence_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--base-url", "http://127.0.0.1:9", "--num-requests", "1"]) == 1
+    assert "http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_the_report_reads_well(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--base-url", stand_in.base_url, "--num-requests", "10", "--image-sizes", "64x48"]) == 0
+    out, err = capsys.readouterr()
+    assert "10 requests of 1 picture(s) (64x48), 8 at a time" in out
+    assert "time to first token, ms" in out
+    assert err.count("requests\n") == 10, "plain progress lines off a terminal"
+
+
+def test_unknown_commands_and_sizes_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["speed"]) == 2
+    assert main(["--help"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--image-sizes", "large"])
+    assert stop.value.code == 2
+    assert "WIDTHxHEIGHT" in capsys.readouterr().err
+
+
+def test_percentiles() -> None:
+    assert percentile([1.0, 2.0, 3.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0], 0.9) == pytest.approx(1.9)
+    assert percentile([7.0], 0.99) == 7.0
+    assert math.isnan(percentile([], 0.5))
+    assert summarize([]) is None
+    numbers = summarize([3.0, 1.0, 2.0])
+    assert numbers is not None
+    assert (numbers.count, numbers.mean, numbers.p50, numbers.max) == (3, 2.0, 2.0, 3.0)
+
+
+def test_tables_are_aligned() -> None:
+    assert table(("", "ms"), [("first", "1.0"), ("b", "12.5")]).splitlines() == [
+        "|       |   ms |",
+        "|-------|-----:|",
+        "| first |  1.0 |",
+        "| b     | 12.5 |",
+    ]

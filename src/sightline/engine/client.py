@@ -1,0 +1,366 @@
+"""AsyncEngine: the asyncio side of an engine that runs in a child process or, for the offline `Engine`, in a thread.
+
+Imports no torch. Pictures that the engine has not seen are decoded in worker threads before the request is sent, so a
+broken file is the client's error and never the engine's; known pictures travel as digests, and the engine asks for
+their pixels in the rare case that it has dropped them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+
+from sightline.config import EngineConfig
+from sightline.engine.loop import run_engine, write_pixels
+from sightline.engine.output import OutputDelta, RequestDecoder
+from sightline.errors import (
+    DeviceError,
+    EngineDeadError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    StartupError,
+)
+from sightline.prompt.pipeline import Picture, Prompt, PromptPipeline
+from sightline.types import (
+    Abort,
+    EngineRequest,
+    EngineStats,
+    Fatal,
+    FromEngine,
+    LoadProgress,
+    NeedPixels,
+    PixelBuffer,
+    PutPixels,
+    Ready,
+    SamplingParams,
+    Shutdown,
+    ToEngine,
+    TokenEvent,
+    decode_from_engine,
+    encode_message,
+    ids_to_bytes,
+)
+
+_KNOWN_PICTURES = 100_000
+
+
+class Transport(Protocol):
+    """Carries messages to the engine; `on_message` and `on_end` are called on the event loop."""
+
+    def start(self, on_message: Callable[[Sequence[FromEngine]], None], on_end: Callable[[int], None]) -> None: ...
+
+    def send(self, message: ToEngine) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class AsyncEngine:
+    """One engine and the requests in flight on it. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_dir: Path,
+        *,
+        in_process: bool = False,
+        log_level: str = "info",
+        log_format: str = "text",
+    ) -> None:
+        self.stats = EngineStats()
+        self._run_dir = Path(tempfile.mkdtemp(prefix="sightline-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        self._transport: Transport = (
+            _ThreadTransport(config, model_dir, self._run_dir)
+            if in_process
+            else _ProcessTransport(config, model_dir, self._run_dir, log_level, log_format)
+        )
+        self._serial = itertools.count()
+        self._flights: dict[str, _Flight] = {}
+        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._on_progress: Callable[[LoadProgress], None] = lambda progress: None
+        self._fatal: Fatal | None = None
+        self._ready: asyncio.Future[Ready] | None = None
+        self._dead: asyncio.Future[StartupError | EngineDeadError] | None = None
+        self._closing = False
+
+    async def start(self, on_progress: Callable[[LoadProgress], None] = lambda progress: None) -> Ready:
+        """Start the engine and wait until it can serve. Raises the `StartupError` that the engine died of."""
+        loop = asyncio.get_running_loop()
+        self._on_progress = on_progress
+        self._ready, self._dead = loop.create_future(), loop.create_future()
+        self._transport.start(self._on_messages, self._on_end)
+        await asyncio.wait([self._ready, self._dead], return_when=asyncio.FIRST_COMPLETED)
+        if self._dead.done():
+            raise self._dead.result()
+        return self._ready.result()
+
+    async def wait_dead(self) -> StartupError | EngineDeadError:
+        """Wait until the engine ends without having been asked to."""
+        assert self._dead is not None, "start() first"
+        return await asyncio.shield(self._dead)
+
+    async def close(self) -> None:
+        """End the engine; requests in flight fail. Safe to call twice."""
+        if self._closing:
+            return
+        self._closing = True
+        await self._transport.close()
+        self._fail_flights(EngineDeadError("the engine was closed"))
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        pipeline: PromptPipeline,
+        request_id: str,
+        cache_salt: bytes = b"",
+    ) -> AsyncIterator[OutputDelta]:
+        """Deltas of all choices as they come. Closing the iterator aborts the request.
+
+        Raises `ImageError` for a picture that does not decode, before anything is sent; `EngineError` when the request
+        fails in the engine; `EngineDeadError` when the engine is gone.
+        """
+        self._check_alive()
+        pixels = await self._decode(pipeline, [p for d, p in prompt.pictures.items() if d not in self._known])
+        self._check_alive()
+        flight = self._flights[request_id] = _Flight(prompt, pipeline)
+        decoder = RequestDecoder(pipeline.tokenizer, sampling)
+        self._transport.send(
+            EngineRequest(
+                request_id=request_id,
+                input_ids=ids_to_bytes(prompt.input_ids),
+                sampling=sampling,
+                positions=b"" if prompt.positions is None else ids_to_bytes(prompt.positions),
+                position_delta=prompt.position_delta,
+                images=prompt.images,
+                pixels=self._write(pixels),
+                cache_salt=cache_salt,
+            )
+        )
+        for digest in prompt.pictures:
+            self._remember(digest)
+        try:
+            while not decoder.done:
+                event = await flight.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                delta = decoder.push(event)
+                for index in decoder.take_aborts():
+                    self._transport.send(Abort(request_id, index))
+                if delta is not None:
+                    yield delta
+        finally:
+            del self._flights[request_id]
+            if not decoder.done:
+                self._transport.send(Abort(request_id))
+
+    async def _decode(self, pipeline: PromptPipeline, pictures: list[Picture]) -> dict[bytes, np.ndarray]:
+        arrays = await asyncio.gather(*(pipeline.decode(p) for p in pictures))
+        return {p.digest: a for p, a in zip(pictures, arrays, strict=True)}
+
+    def _write(self, pixels: dict[bytes, np.ndarray]) -> tuple[PixelBuffer, ...]:
+        """One copy into shared memory, right before the message that names it, so that no cancelled request leaks one."""
+        return tuple(write_pixels(self._run_dir, digest, a, next(self._serial)) for digest, a in pixels.items())
+
+    def _remember(self, digest: bytes) -> None:
+        self._known[digest] = None
+        self._known.move_to_end(digest)
+        if len(self._known) > _KNOWN_PICTURES:
+            self._known.popitem(last=False)
+
+    async def _supply(self, message: NeedPixels) -> None:
+        flight = self._flights.get(message.request_id)
+        if flight is None:
+            return
+        try:
+            pixels = await self._decode(flight.pipeline, [flight.prompt.pictures[d] for d in message.digests])
+        except Exception as error:
+            flight.events.put_nowait(error)
+            return
+        self._transport.send(PutPixels(self._write(pixels)))
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _on_messages(self, messages: Sequence[FromEngine]) -> None:
+        for message in messages:
+            match message:
+                case TokenEvent():
+                    flight = self._flights.get(message.request_id)
+                    if flight is not None:
+                        flight.events.put_nowait(message)
+                case EngineStats():
+                    self.stats = message
+                case NeedPixels():
+                    task = asyncio.get_running_loop().create_task(self._supply(message))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                case LoadProgress():
+                    self._on_progress(message)
+                case Ready():
+                    assert self._ready is not None
+                    self._ready.set_result(message)
+                case Fatal():
+                    self._fatal = message
+
+    def _on_end(self, exit_code: int) -> None:
+        if self._closing or self._dead is None or self._dead.done():
+            return
+        started = self._ready is not None and self._ready.done()
+        fatal = self._fatal or Fatal(exit_code, f"the engine process ended with exit code {exit_code}")
+        error = EngineDeadError(fatal.message) if started else _startup_error(fatal)
+        self._dead.set_result(error)
+        self._fail_flights(EngineDeadError("the engine died; see the server's log"))
+
+    def _fail_flights(self, error: Exception) -> None:
+        for flight in self._flights.values():
+            flight.events.put_nowait(error)
+
+    def _check_alive(self) -> None:
+        if self._closing or (self._dead is not None and self._dead.done()):
+            raise EngineDeadError("the engine is not running")
+
+
+class _Flight:
+    """A request in flight: its prompt, kept for its pictures, and the events that nobody has read yet."""
+
+    def __init__(self, prompt: Prompt, pipeline: PromptPipeline) -> None:
+        self.prompt = prompt
+        self.pipeline = pipeline
+        self.events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+
+
+def _startup_error(fatal: Fatal) -> StartupError:
+    kinds: dict[int, type[StartupError]] = {3: ModelNotFoundError, 4: OutOfMemoryError, 6: DeviceError}
+    return kinds.get(fatal.exit_code, StartupError)(fatal.message)
+
+
+class _ProcessTransport:
+    """A child process and a PAIR socket in the run directory."""
+
+    def __init__(self, config: EngineConfig, model_dir: Path, run_dir: Path, log_level: str, log_format: str) -> None:
+        import zmq
+        import zmq.asyncio
+
+        from sightline.engine.process import SOCKET
+
+        self._run_dir = run_dir
+        (run_dir / "engine.json").write_text(
+            json.dumps(
+                {
+                    "config": config.model_dump(mode="json"),
+                    "model_dir": str(model_dir),
+                    "log_level": log_level,
+                    "log_format": log_format,
+                }
+            )
+        )
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(f"ipc://{run_dir / SOCKET}")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    def start(self, on_message: Callable[[Sequence[FromEngine]], None], on_end: Callable[[int], None]) -> None:
+        self._process = subprocess.Popen([sys.executable, "-m", "sightline.engine.process", str(self._run_dir)])
+        loop = asyncio.get_running_loop()
+        self._reader = loop.create_task(self._read(on_message))
+        process = self._process
+
+        def wait() -> None:
+            code = process.wait()
+            # A moment for the last messages (why it died) to be read.
+            loop.call_soon_threadsafe(lambda: loop.call_later(0.1, on_end, code))
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    async def _read(self, on_message: Callable[[Sequence[FromEngine]], None]) -> None:
+        while True:
+            on_message(decode_from_engine(await self._socket.recv()))
+
+    def send(self, message: ToEngine) -> None:
+        # With no high-water mark a send never waits, so the future is done when it is returned.
+        self._socket.send(encode_message([message]))
+
+    async def close(self) -> None:
+        process = self._process
+        if process is not None and process.poll() is None:
+            self.send(Shutdown())
+            try:
+                await asyncio.to_thread(process.wait, 5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        if self._reader is not None:
+            self._reader.cancel()
+        self._socket.close()
+
+
+class _ThreadTransport:
+    """The engine's loop in a daemon thread of this process."""
+
+    def __init__(self, config: EngineConfig, model_dir: Path, run_dir: Path) -> None:
+        self._arguments = (config, model_dir, run_dir)
+        self._inbox: SimpleQueue[ToEngine] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, on_message: Callable[[Sequence[FromEngine]], None], on_end: Callable[[int], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            code = 7
+            try:
+                code = run_engine(*self._arguments, _QueueConnection(self._inbox, loop, on_message))
+            finally:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(on_end, code)
+
+        self._thread = threading.Thread(target=run, name="sightline-engine", daemon=True)
+        self._thread.start()
+
+    def send(self, message: ToEngine) -> None:
+        self._inbox.put(message)
+
+    async def close(self) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            self._inbox.put(Shutdown())
+            await asyncio.to_thread(self._thread.join, 5)
+
+
+class _QueueConnection:
+    def __init__(
+        self,
+        inbox: SimpleQueue[ToEngine],
+        loop: asyncio.AbstractEventLoop,
+        on_message: Callable[[Sequence[FromEngine]], None],
+    ) -> None:
+        self._inbox = inbox
+        self._loop = loop
+        self._on_message = on_message
+
+    def receive(self, timeout: float | None) -> Sequence[ToEngine]:
+        messages = [self._inbox.get()] if timeout is None else []
+        while not self._inbox.empty():
+            messages.append(self._inbox.get())
+        return messages
+
+    def send(self, messages: Sequence[FromEngine]) -> None:
+        self._loop.call_soon_threadsafe(self._on_message, messages)

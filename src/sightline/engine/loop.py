@@ -1,0 +1,140 @@
+"""The engine's main loop over a connection: messages in, steps, events out. The same for a process and a thread."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from sightline.config import EngineConfig
+from sightline.errors import StartupError
+from sightline.types import (
+    Abort,
+    EngineRequest,
+    Fatal,
+    FinishReason,
+    FromEngine,
+    LoadProgress,
+    PixelBuffer,
+    PutPixels,
+    Ready,
+    Shutdown,
+    ToEngine,
+    TokenEvent,
+)
+
+if TYPE_CHECKING:
+    from sightline.engine.core import EngineCore
+
+logger = logging.getLogger("sightline.engine")
+
+STATS_INTERVAL = 0.25
+
+
+class Connection(Protocol):
+    """The engine's end of the wire. `receive` returns at once with timeout 0, and waits with None."""
+
+    def receive(self, timeout: float | None) -> Sequence[ToEngine]: ...
+
+    def send(self, messages: Sequence[FromEngine]) -> None: ...
+
+
+def write_pixels(run_dir: Path, digest: bytes, pixels: np.ndarray, serial: int) -> PixelBuffer:
+    """Put uint8 pixels into a file that `read_pixels` opens and unlinks. The name owes nothing to a client."""
+    name = f"pixels-{os.getpid()}-{serial}"
+    fd = os.open(run_dir / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.ftruncate(fd, pixels.nbytes)
+        with mmap.mmap(fd, pixels.nbytes) as memory:
+            memory[:] = np.ascontiguousarray(pixels).data.cast("B")
+    finally:
+        os.close(fd)
+    return PixelBuffer(digest=digest, shape=pixels.shape, name=name)
+
+
+def read_pixels(run_dir: Path, buffer: PixelBuffer) -> np.ndarray:
+    """Map the pixels (uint8, copy-on-write) and unlink the file: the memory lives as long as the array."""
+    path = run_dir / buffer.name
+    fd = os.open(path, os.O_RDWR)
+    try:
+        memory = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(fd)
+        path.unlink()
+    return np.frombuffer(memory, dtype=np.uint8).reshape(buffer.shape)
+
+
+def run_engine(config: EngineConfig, model_dir: Path, run_dir: Path, connection: Connection) -> int:
+    """Load, then serve until `Shutdown`. Returns the exit code; start-up errors are sent as `Fatal` first."""
+    # Imported here: torch takes a second, and the parent should hear of the phase before.
+    connection.send([LoadProgress("imports")])
+    from sightline.engine.factory import build_core
+
+    started = time.monotonic()
+    try:
+        core, plan = build_core(config, model_dir, lambda progress: connection.send([progress]))
+    except StartupError as error:
+        connection.send([Fatal(error.exit_code, str(error))])
+        return error.exit_code
+    connection.send([Ready(plan, time.monotonic() - started), core.snapshot()])
+    _Loop(core, run_dir, connection).run()
+    return 0
+
+
+class _Loop:
+    def __init__(self, core: EngineCore, run_dir: Path, connection: Connection) -> None:
+        self._core = core
+        self._run_dir = run_dir
+        self._connection = connection
+        self._stats_sent = 0.0
+
+    def run(self) -> None:
+        """Serve until `Shutdown`."""
+        core = self._core
+        while True:
+            for message in self._connection.receive(None if core.idle or core.stalled else 0):
+                if isinstance(message, Shutdown):
+                    return
+                self._handle(message)
+            if core.idle:
+                core.scheduler.assert_idle()
+            else:
+                self._send(core.step())
+
+    def _handle(self, message: EngineRequest | PutPixels | Abort) -> None:
+        core = self._core
+        match message:
+            case EngineRequest():
+                try:
+                    core.add(message)
+                except ValueError as error:
+                    logger.error("refused request %s: %s", message.request_id, error)
+                    failed = TokenEvent(
+                        request_id=message.request_id, finish_reason=FinishReason.ERROR, error=str(error)
+                    )
+                    self._send([failed])
+                self._put(message.pixels)
+            case PutPixels():
+                self._put(message.pixels)
+            case Abort():
+                self._send(core.abort(message.request_id, message.index))
+
+    def _put(self, buffers: tuple[PixelBuffer, ...]) -> None:
+        for buffer in buffers:
+            self._core.put_pixels(buffer.digest, read_pixels(self._run_dir, buffer))
+
+    def _send(self, events: Sequence[FromEngine]) -> None:
+        """Events, preceded by a snapshot when something ended, so that who sees an answer's end sees its counts."""
+        ended = any(isinstance(e, TokenEvent) and e.finish_reason is not None for e in events)
+        now = time.monotonic()
+        if ended or now - self._stats_sent > STATS_INTERVAL:
+            self._stats_sent = now
+            events = [self._core.snapshot(), *events]
+        if events:
+            self._connection.send(events)

@@ -1,0 +1,82 @@
+"""Entry point of the engine process: `python -m sightline.engine.process RUN_DIR`.
+
+RUN_DIR is a 0700 directory made by the parent. It holds engine.json (config, model folder, log level), the Unix socket
+and, for moments, pixel files. Nothing listens on a network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+
+from sightline.config import EngineConfig
+from sightline.engine.loop import run_engine
+from sightline.errors import StartupError
+from sightline.logging import setup_logging
+from sightline.types import Fatal, FromEngine, Shutdown, ToEngine, decode_to_engine, encode_message
+
+SOCKET = "engine.sock"
+_PARENT_POLL_MS = 1000
+
+
+class ZmqConnection:
+    """The child's end of a PAIR socket. A vanished parent reads as `Shutdown`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(f"ipc://{run_dir / SOCKET}")
+        self._parent = os.getppid()
+
+    def receive(self, timeout: float | None) -> Sequence[ToEngine]:
+        """All messages that are there; with timeout None, wait for the first."""
+        messages: list[ToEngine] = []
+        while True:
+            wait = _PARENT_POLL_MS if timeout is None and not messages else 0
+            if self._socket.poll(wait):
+                messages += decode_to_engine(self._socket.recv())
+            elif os.getppid() != self._parent:
+                return [Shutdown()]
+            elif messages or timeout is not None:
+                return messages
+
+    def send(self, messages: Sequence[FromEngine]) -> None:
+        self._socket.send(encode_message(list(messages)))
+
+    def close(self) -> None:
+        """Flush what was sent (at most a second) and close."""
+        self._socket.close()
+        zmq.Context.instance().term()
+
+
+def main() -> int:
+    """Run the engine; the exit code is the server's when it cannot start."""
+    run_dir = Path(sys.argv[1])
+    # The terminal's Ctrl-C and the supervisor's SIGTERM reach the whole group: the parent drains first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    setup = json.loads((run_dir / "engine.json").read_text())
+    setup_logging(setup["log_level"], setup["log_format"], role="engine")
+    connection = ZmqConnection(run_dir)
+    try:
+        return run_engine(EngineConfig.model_validate(setup["config"]), Path(setup["model_dir"]), run_dir, connection)
+    except StartupError as error:
+        connection.send([Fatal(error.exit_code, str(error))])
+        return error.exit_code
+    except Exception as error:
+        connection.send([Fatal(7, f"{type(error).__name__}: {error}")])
+        raise
+    finally:
+        connection.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""One choice of one request, as the scheduler sees it: token ids, counters, pages. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sightline.types import FinishReason, ImageRef, SamplingParams
+
+if TYPE_CHECKING:
+    from sightline.cache.radix import Node
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Tokens are the prompt followed by everything generated so far; K/V exist for the first `num_computed` of them.
+
+    A step computes tokens num_computed .. num_computed + q_len and samples a new one when it reaches the last. Decoding
+    is the special case of one token left, and recomputation after a retraction is nothing but a longer prefill.
+
+    pages: physical pages, in order; the first `num_tree_pages` belong to the prefix cache (held by a lock on `node`), the
+    rest to this request. pinned: digests of the pictures whose features this request holds in the vision cache.
+    leader: the first choice of the same request; this one waits until the leader's prompt is in the prefix cache.
+    """
+
+    request_id: str
+    index: int
+    prompt_ids: np.ndarray
+    sampling: SamplingParams
+    max_tokens: int
+    sampling_state: Any
+    positions: np.ndarray | None = None
+    position_delta: int = 0
+    images: tuple[ImageRef, ...] = ()
+    cache_salt: bytes = b""
+    leader: Request | None = None
+
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    num_tree_pages: int = 0
+    node: Node | None = None
+    prompt_keys: list[bytes] | None = None
+    pinned: set[bytes] = field(default_factory=set)
+    asked_pixels: set[bytes] = field(default_factory=set)
+    num_retractions: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens without K/V; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def in_prefill(self) -> bool:
+        """More than the newest token is missing, or nothing has been generated yet."""
+        return self.remaining > 1 or not self.output_ids
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def all_ids(self) -> np.ndarray:
+        """int32 [num_tokens]."""
+        if not self.output_ids:
+            return self.prompt_ids
+        return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, dtype=np.int32)])
+
+    def ids(self, start: int, end: int) -> np.ndarray:
+        """int32 ids of tokens start..end."""
+        n = len(self.prompt_ids)
+        if end <= n:
+            return self.prompt_ids[start:end]
+        tail = np.asarray(self.output_ids[max(start - n, 0) : end - n], dtype=np.int32)
+        return tail if start >= n else np.concatenate([self.prompt_ids[start:], tail])
+
+    def images_in(self, start: int, end: int) -> list[ImageRef]:
+        """Pictures with a placeholder in start..end."""
+        return [i for i in self.images if i.offset < end and i.offset + i.num_tokens > start]

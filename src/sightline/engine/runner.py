@@ -1,0 +1,134 @@
+"""From scheduled rows to tensors, through the model, to sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
+from sightline.cache.vision_cache import VisionCache
+from sightline.engine.core import Sampled
+from sightline.engine.sampler import Sampler, SamplingState
+from sightline.engine.scheduler import ScheduledRow
+from sightline.types import ImageRef, SamplingParams
+
+
+class ModelRunner:
+    """Owns the device side: model, K/V pages, attention backend, sampler. One step at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        cache: KVCache,
+        backend: AttentionBackend,
+        vision_cache: VisionCache,
+        sampler: Sampler,
+        device: torch.device,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.model: Any = model
+        self.cache = cache
+        self.backend = backend
+        self.vision_cache = vision_cache
+        self.sampler = sampler
+        self.device = device
+        self.eos_token_ids = tuple(eos_token_ids)
+
+    def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> SamplingState:
+        return self.sampler.new_state(sampling, prompt_ids, self.eos_token_ids, index)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
+        """pixels: uint8 [H, W, 3] each. Returns one [num_tokens, hidden] tensor for each picture."""
+        on_device = [torch.from_numpy(p).to(self.device, non_blocking=True) for p in pixels]
+        features = self.model.encode_images(on_device, [image.grid for image in images])
+        for image, rows in zip(images, features, strict=True):
+            if rows.shape[0] != image.num_tokens:
+                raise ValueError(f"the encoder made {rows.shape[0]} rows for {image.num_tokens} placeholders")
+        return [rows.contiguous() for rows in features]
+
+    @torch.inference_mode()
+    def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
+        """One forward over all rows packed; sampling for the rows that reached their newest token."""
+        input_ids = self._to_device(np.concatenate([r.request.ids(r.start, r.start + r.q_len) for r in rows]), torch.int64)
+        positions = self._to_device(np.concatenate([_positions(r) for r in rows], axis=1), torch.int64)
+        image_rows, features = self._image_rows(rows)
+        batch = self._attention_batch(rows, num_decode)
+        self.backend.prepare(batch)
+        ctx = ForwardContext(self.backend, self.cache, batch)
+        hidden = self.model.embed(input_ids, image_rows, features)
+        hidden = self.model.forward(hidden, positions if self.model.uses_mrope else positions[0], ctx)
+        sampling = [(end - 1, r.request) for end, r in zip(np.cumsum([r.q_len for r in rows]), rows, strict=True) if r.sample]
+        if not sampling:
+            return []
+        if len(sampling) < hidden.shape[0]:
+            hidden = hidden[torch.tensor([int(i) for i, _ in sampling], device=self.device)]
+        logits = self.model.logits(hidden)
+        out = self.sampler.sample(logits, [request.sampling_state for _, request in sampling])
+        return [Sampled(t, lp) for t, lp in zip(out.token_ids, out.logprobs, strict=True)]
+
+    def _image_rows(self, rows: Sequence[ScheduledRow]) -> tuple[Tensor | None, Tensor | None]:
+        """Packed rows that are placeholders, and their features, for the pictures that the chunks touch."""
+        where: list[np.ndarray] = []
+        features: list[Tensor] = []
+        base = 0
+        for row in rows:
+            if row.request.images:
+                end = row.start + row.q_len
+                for image in row.request.images_in(row.start, end):
+                    first, last = max(image.offset, row.start), min(image.offset + image.num_tokens, end)
+                    where.append(np.arange(first, last) - row.start + base)
+                    value = self.vision_cache.get(image.digest)
+                    features.append(value[first - image.offset : last - image.offset])
+            base += row.q_len
+        if not where:
+            return None, None
+        return self._to_device(np.concatenate(where), torch.int64), torch.cat(features)
+
+    def _attention_batch(self, rows: Sequence[ScheduledRow], num_decode: int) -> AttentionBatch:
+        size = self.cache.page_size
+        q_lens = [r.q_len for r in rows]
+        kv_lens = [r.start + r.q_len for r in rows]
+        page_table = np.zeros((len(rows), -(-max(kv_lens) // size)), dtype=np.int32)
+        for line, row, kv_len in zip(page_table, rows, kv_lens, strict=True):
+            used = -(-kv_len // size)
+            line[:used] = row.request.pages[:used]
+        slots = [
+            page_table[i, p // size].astype(np.int64) * size + p % size
+            for i, p in enumerate(np.arange(r.start, r.start + r.q_len) for r in rows)
+        ]
+        return AttentionBatch(
+            cu_seqlens_q=self._to_device(np.cumsum([0, *q_lens]), torch.int32),
+            kv_lens=self._to_device(np.asarray(kv_lens), torch.int32),
+            page_table=self._to_device(page_table, torch.int32),
+            slot_mapping=self._to_device(np.concatenate(slots), torch.int64),
+            q_lens_cpu=q_lens,
+            kv_lens_cpu=kv_lens,
+            num_decode=num_decode,
+        )
+
+    def _to_device(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+
+def _positions(row: ScheduledRow) -> np.ndarray:
+    """Rotary positions of a row's tokens, int [3, q_len]: the prompt's own, then index + delta on every axis."""
+    request = row.request
+    end = row.start + row.q_len
+    known = request.positions.shape[1] if request.positions is not None else 0
+    parts = []
+    if row.start < known:
+        assert request.positions is not None
+        parts.append(request.positions[:, row.start : min(end, known)].astype(np.int64))
+    if end > known:
+        tail = np.arange(max(row.start, known), end, dtype=np.int64) + request.position_delta
+        parts.append(np.broadcast_to(tail, (3, len(tail))))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

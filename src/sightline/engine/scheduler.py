@@ -1,0 +1,329 @@
+"""What runs in the next step. Plain Python over pages and digests: it knows no model family, no tensor and no clock.
+
+One step mixes decode rows (one token each) with prefill chunks, under one token budget. Decode rows come first, then
+chunks of admitted prompts in order of admission, then new admissions in order of arrival. A prompt gets all its pages at
+admission, so only decoding can run out of pages; then the prefix cache is evicted and after that the newest request is
+retracted: it gives its pages back, keeps its tokens, and prefills them again later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sightline.cache.page_pool import PagePool
+from sightline.cache.radix import RadixCache, page_keys
+from sightline.cache.vision_cache import VisionCache
+from sightline.engine.request import Request
+from sightline.types import FinishReason, ImageRef
+
+
+class ScheduledRow(NamedTuple):
+    """Tokens start .. start + q_len of a request; `sample` when they reach its newest token."""
+
+    request: Request
+    start: int
+    q_len: int
+    sample: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step. Decode rows stand first in `rows`; `encode` lists the pictures to put into the vision cache before it."""
+
+    rows: list[ScheduledRow] = field(default_factory=list)
+    encode: list[ImageRef] = field(default_factory=list)
+    num_decode: int = 0
+    num_new_requests: int = 0
+    num_new_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """max_step_tokens: rows of one step. max_encode_tokens: picture tokens encoded in one step (one picture always may).
+
+    image_token_bytes: bytes of one picture token's features, for the vision cache's budget.
+    """
+
+    page_size: int
+    max_step_tokens: int
+    max_running: int
+    max_encode_tokens: int
+    image_token_bytes: int
+
+
+class Scheduler:
+    """Owns the life of requests between `add` and `finish`, and every page and pin they hold."""
+
+    def __init__(
+        self, config: SchedulerConfig, pool: PagePool, radix: RadixCache | None, vision_cache: VisionCache
+    ) -> None:
+        self.config = config
+        self.pool = pool
+        self.radix = radix
+        self.vision_cache = vision_cache
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.pixels: dict[bytes, object] = {}
+        self.pixel_requests: list[tuple[Request, list[bytes]]] = []
+        self.num_retractions = 0
+        self._wanted: Counter[bytes] = Counter()
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    # -- life of a request ---------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+        self._wanted.update(image.digest for image in request.images)
+
+    def put_pixels(self, digest: bytes, pixels: object) -> None:
+        """Keep a picture's pixels until it is encoded or nobody wants it any more."""
+        if self._wanted[digest] and not self.vision_cache.contains(digest):
+            self.pixels[digest] = pixels
+        for request in (*self.waiting, *self.running):
+            request.asked_pixels.discard(digest)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Take a request out, whatever its state; its full pages stay in the prefix cache."""
+        request.finish_reason = reason
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._release(request)
+        for image in request.images:
+            self._wanted[image.digest] -= 1
+            if not self._wanted[image.digest]:
+                del self._wanted[image.digest]
+                self.pixels.pop(image.digest, None)
+
+    def retract(self, request: Request) -> None:
+        """Take a request's pages away and put it in front of the queue."""
+        self.running.remove(request)
+        self._release(request)
+        request.num_retractions += 1
+        self.num_retractions += 1
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        for digest in request.pinned:
+            self.vision_cache.unpin(digest)
+        request.pinned.clear()
+        if request.pages:
+            self._share_pages(request)
+            self.pool.free(request.pages[request.num_tree_pages :])
+            if self.radix is not None and request.node is not None:
+                self.radix.dec_lock(request.node)
+        request.pages = []
+        request.num_tree_pages = 0
+        request.node = None
+        request.num_computed = 0
+
+    def _share_pages(self, request: Request) -> None:
+        """Hand the request's full pages to the prefix cache, which may swap them for equal ones it already has."""
+        num_full = request.num_computed // self.config.page_size
+        if self.radix is None or num_full <= request.num_tree_pages:
+            return
+        keys = self._keys(request, num_full)
+        result = self.radix.insert(request.cache_salt, keys, request.pages[:num_full])
+        self.radix.inc_lock(result.node)
+        if request.node is not None:
+            self.radix.dec_lock(request.node)
+        request.node = result.node
+        request.pages[:num_full] = result.pages
+        request.num_tree_pages = num_full
+
+    def _keys(self, request: Request, num_pages: int) -> list[bytes]:
+        size = self.config.page_size
+        if request.prompt_keys is None:
+            request.prompt_keys = page_keys(request.prompt_ids, request.images, size)
+        if num_pages <= len(request.prompt_keys):
+            return request.prompt_keys[:num_pages]
+        start = len(request.prompt_keys) * size
+        return request.prompt_keys + page_keys_tail(request, start, num_pages * size, size)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None when nothing can run. Pages for every row of it are allocated."""
+        batch = Batch()
+        budget = self.config.max_step_tokens
+        for request in list(self.running):
+            if request.in_prefill or request not in self.running or budget == 0:
+                continue
+            if self._grow(request):
+                batch.rows.append(ScheduledRow(request, request.num_computed, 1, True))
+                budget -= 1
+        # A later row's growth may have retracted an earlier-scheduled request.
+        batch.rows = [row for row in batch.rows if row.request in self.running]
+        batch.num_decode = len(batch.rows)
+        for request in self.running:
+            if request.in_prefill and budget > 0:
+                budget -= self._schedule_chunk(batch, request, budget)
+        self._admit(batch, budget)
+        return batch if batch.rows else None
+
+    def _grow(self, request: Request) -> bool:
+        """Make room for one more token, retracting the newest requests if need be; False when it was retracted itself."""
+        if request.num_computed < len(request.pages) * self.config.page_size:
+            return True
+        while True:
+            pages = self._allocate(1)
+            if pages is not None:
+                request.pages += pages
+                return True
+            victim = self.running[-1]
+            self.retract(victim)
+            if victim is request:
+                return False
+
+    def _allocate(self, num_pages: int) -> list[int] | None:
+        short = num_pages - self.pool.num_free
+        if short > 0 and self.radix is not None:
+            self.radix.evict(short)
+        return self.pool.alloc(num_pages)
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        """Admit waiting requests while tokens, places and pages last; those that wait for pixels let others pass."""
+        for request in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.config.max_running:
+                return
+            if self._held_back(request):
+                continue
+            if not self._take_pages(request):
+                return
+            self.waiting.remove(request)
+            self.running.append(request)
+            batch.num_new_requests += 1
+            batch.num_cached_tokens += request.num_computed
+            if not request.output_ids:
+                request.num_cached = request.num_computed
+            budget -= self._schedule_chunk(batch, request, budget)
+
+    def _held_back(self, request: Request) -> bool:
+        leader = request.leader
+        if leader is not None and self.radix is not None:
+            if not leader.finished and leader.num_computed < leader.prompt_len and not leader.output_ids:
+                return True
+            request.leader = None
+        missing = self.missing_pixels(request)
+        self._ask_pixels(request, missing)
+        return bool(missing)
+
+    def _ask_pixels(self, request: Request, digests: list[bytes]) -> None:
+        new = [d for d in dict.fromkeys(digests) if d not in request.asked_pixels]
+        if new:
+            request.asked_pixels.update(new)
+            self.pixel_requests.append((request, new))
+
+    def missing_pixels(self, request: Request) -> list[bytes]:
+        """Digests whose features the request will need and that nobody can make without pixels."""
+        if not request.images:
+            return []
+        cached = self._num_cached_pages(request) * self.config.page_size if self.radix is not None else 0
+        return [
+            image.digest
+            for image in request.images_in(cached, request.num_tokens)
+            if image.digest not in self.pixels and not self.vision_cache.contains(image.digest)
+        ]
+
+    def _num_cached_pages(self, request: Request) -> int:
+        assert self.radix is not None
+        usable = (request.num_tokens - 1) // self.config.page_size
+        return len(self.radix.match(request.cache_salt, self._keys(request, usable)).pages)
+
+    def _take_pages(self, request: Request) -> bool:
+        """Lock the cached prefix and allocate the rest; False (and nothing taken) when memory is short."""
+        size = self.config.page_size
+        total = -(-request.num_tokens // size)
+        if self.radix is not None:
+            match = self.radix.match(request.cache_salt, self._keys(request, (request.num_tokens - 1) // size))
+            self.radix.inc_lock(match.node)
+            cached, node = list(match.pages), match.node
+        else:
+            cached, node = [], None
+        needed = total - len(cached)
+        # One page for each running request is kept back, or the newcomer would soon be retracted again.
+        reserve = len(self.running)
+        available = self.pool.num_free + (self.radix.num_evictable if self.radix is not None else 0)
+        pages = self._allocate(needed) if available >= needed + reserve else None
+        if pages is None:
+            if self.radix is not None and node is not None:
+                self.radix.dec_lock(node)
+            return False
+        request.pages = cached + pages
+        request.num_tree_pages = len(cached)
+        request.node = node
+        request.num_computed = len(cached) * size
+        return True
+
+    def _schedule_chunk(self, batch: Batch, request: Request, budget: int) -> int:
+        """Append the next chunk of a prefill, cut where a picture cannot be encoded yet; returns its tokens."""
+        start = request.num_computed
+        end = start + min(budget, request.remaining)
+        for image in request.images_in(start, end):
+            if not self._hold_features(batch, request, image):
+                end = max(start, image.offset)
+                break
+        q_len = end - start
+        if q_len == 0:
+            return 0
+        batch.rows.append(ScheduledRow(request, start, q_len, end == request.num_tokens))
+        batch.num_new_tokens += q_len
+        return q_len
+
+    def _hold_features(self, batch: Batch, request: Request, image: ImageRef) -> bool:
+        """Pin a picture's features for this request, planning its encoding if nobody has; False: not in this step."""
+        digest = image.digest
+        if digest in request.pinned:
+            return True
+        if not self.vision_cache.contains(digest):
+            if digest not in self.pixels:
+                self._ask_pixels(request, [digest])
+                return False
+            planned = sum(i.num_tokens for i in batch.encode)
+            if planned and planned + image.num_tokens > self.config.max_encode_tokens:
+                return False
+            if not self.vision_cache.reserve(digest, image.num_tokens * self.config.image_token_bytes):
+                return False
+            batch.encode.append(image)
+        self.vision_cache.pin(digest)
+        request.pinned.add(digest)
+        return True
+
+    def advance(self, row: ScheduledRow) -> None:
+        """Account for a computed row: drop pins of pictures that are behind, share full pages after prefill."""
+        request = row.request
+        was_prefill = request.in_prefill
+        request.num_computed = row.start + row.q_len
+        if request.pinned:
+            keep = {i.digest for i in request.images_in(request.num_computed, request.num_tokens)}
+            for digest in request.pinned - keep:
+                self.vision_cache.unpin(digest)
+            request.pinned &= keep
+        if was_prefill:
+            self._share_pages(request)
+
+    def assert_idle(self) -> None:
+        """free + cached + in use == total, with nothing in use and nothing locked or pinned, when no request lives."""
+        assert self.idle
+        cached = self.radix.num_pages if self.radix is not None else 0
+        assert self.pool.num_free + cached == self.pool.num_total, (
+            f"page leak: {self.pool.num_free} free + {cached} cached != {self.pool.num_total}"
+        )
+        assert self.radix is None or self.radix.num_locked == 0, "a prefix is locked by nobody"
+        assert self.vision_cache.num_pinned == 0, "a picture is pinned by nobody"
+
+
+def page_keys_tail(request: Request, start: int, end: int, page_size: int) -> list[bytes]:
+    """Keys of the full pages start..end; the first may straddle the prompt's end, later ones hold generated ids."""
+    shifted = tuple(
+        ImageRef(digest=i.digest, offset=i.offset - start, num_tokens=i.num_tokens, grid=i.grid)
+        for i in request.images_in(start, end)
+    )
+    return page_keys(request.ids(start, end), shifted, page_size)

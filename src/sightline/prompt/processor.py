@@ -1,0 +1,62 @@
+"""The protocol of a family's processor: the one owner of its picture arithmetic. CPU only, no torch.
+
+A processor is built from the checkpoint folder's JSON files and is stateless afterwards, so that worker threads share it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sightline.types import ImageRef
+
+
+class ImagePlan(NamedTuple):
+    """What a picture of a given size becomes, known from its header alone.
+
+    width, height: of the resized picture in pixels. grid: (t, h, w), see `ImageRef.grid`. num_tokens: placeholders.
+    """
+
+    width: int
+    height: int
+    grid: tuple[int, int, int]
+    num_tokens: int
+
+
+class PixelLimits(NamedTuple):
+    """Per-request bounds on a resized picture, in pixels; None keeps the checkpoint's own."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+class ProcessedPrompt(NamedTuple):
+    """input_ids: int32 [L] with placeholders expanded. positions: int32 [3, L], or None for 0..L-1."""
+
+    input_ids: np.ndarray
+    positions: np.ndarray | None
+    position_delta: int
+    images: tuple[ImageRef, ...]
+
+
+class Processor(Protocol):
+    """What `prompt.pipeline` asks of a family."""
+
+    image_token_id: int
+
+    def plan(self, width: int, height: int, limits: PixelLimits = PixelLimits()) -> ImagePlan:
+        """Size, grid and token count for a picture of `width` x `height`. Raises `ImageError` if it cannot be used."""
+        ...
+
+    def resize(self, image: Image.Image, plan: ImagePlan) -> np.ndarray:
+        """Resized uint8 pixels [H, W, 3], equal to transformers' PIL image processor before rescaling."""
+        ...
+
+    def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:
+        """Replace the i-th single placeholder by plans[i].num_tokens of them and compute positions.
+
+        Raises `RequestError` when the prompt does not hold exactly one placeholder for each picture.
+        """
+        ...

@@ -1,0 +1,28 @@
+"""Which classes serve which checkpoint: a table of strings that imports nothing.
+
+The key is the first entry of `architectures` in the checkpoint's config.json. `model` is the class in `sightline.models`,
+`processor` the class in `sightline.prompt` that owns the family's picture arithmetic (None: text only).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """Import paths of the form "module:Class", and the named chat template used when a checkpoint brings none."""
+
+    name: str
+    model: str
+    processor: str | None
+    chat_template: str
+
+
+FAMILIES: dict[str, Family] = {
+    "Qwen2VLForConditionalGeneration": Family(
+        name="Qwen2-VL",
+        model="sightline.models.qwen2_vl:Qwen2VLForConditionalGeneration",
+        processor="sightline.prompt.qwen2_vl:Qwen2VLProcessor",
+        chat_template="qwen2-vl",
+    ),
+}

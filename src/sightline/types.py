@@ -1,0 +1,251 @@
+"""Everything that crosses a package or a process boundary.
+
+The HTTP process sends `EngineRequest`, `PutPixels` and `Abort`; the engine process answers `TokenEvent`, `NeedPixels`,
+`LoadProgress` and `Ready`. All are msgspec structs, encoded as msgpack: no pickle.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+import numpy as np
+
+
+class FinishReason(enum.StrEnum):
+    """How a choice ended. `stop`, `length` and `tool_calls` are OpenAI's; the other two never reach a 200 answer."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens. Ranges are checked by `validate`; the HTTP layer calls it before any work is spent.
+
+    max_tokens: None means up to the context's end. temperature 0 is greedy. top_k 0 means off (-1 is accepted for off).
+    logprobs: None is off, k >= 0 returns the chosen token's log-probability and the k most likely ones; they are taken
+    from the model's own distribution, before penalties and temperature. n: answers for one prompt, one prefill for all.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    n: int = 1
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Raise `RequestError` naming the field that is out of range."""
+        from sightline.errors import RequestError
+
+        def require(ok: bool, param: str, rule: str) -> None:
+            if not ok:
+                raise RequestError(
+                    f"{param} must be {rule}, not {getattr(self, param)!r}.", param=param, code="invalid_value"
+                )
+
+        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        require(self.min_tokens >= 0, "min_tokens", "at least 0")
+        require(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2")
+        require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        require(self.top_k >= -1, "top_k", "-1 or 0 (off) or a positive count")
+        require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        require(0.0 < self.repetition_penalty <= 2.0, "repetition_penalty", "above 0 and at most 2")
+        require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
+        require(1 <= self.n <= 8, "n", "between 1 and 8")
+        require(all(self.stop), "stop", "made of non-empty strings")
+        require(all(-100.0 <= v <= 100.0 for v in self.logit_bias.values()), "logit_bias", "made of values in [-100, 100]")
+        if vocab_size is not None:
+            require(all(0 <= t < vocab_size for t in self.logit_bias), "logit_bias", f"keyed by ids below {vocab_size}")
+            require(
+                all(0 <= t < vocab_size for t in self.stop_token_ids), "stop_token_ids", f"made of ids below {vocab_size}"
+            )
+
+
+class ImageRef(msgspec.Struct, frozen=True):
+    """One picture of a prompt.
+
+    digest: 32 bytes, a keyed hash of the encoded bytes, the tenant and the processor's settings; the picture's identity
+    in the prefix cache and in the vision cache. offset: index of its first placeholder in `input_ids`. num_tokens:
+    placeholders it fills. grid: (t, h, w) in patches, or what the family's processor puts there.
+    """
+
+    digest: bytes
+    offset: int
+    num_tokens: int
+    grid: tuple[int, int, int]
+
+
+class PixelBuffer(msgspec.Struct, frozen=True):
+    """Resized uint8 pixels of one picture, in a file of the run directory that the receiver unlinks when it opens it."""
+
+    digest: bytes
+    shape: tuple[int, ...]
+    name: str
+
+
+class EngineRequest(msgspec.Struct, kw_only=True, tag=True):
+    """One prompt for the engine. Everything in it has been validated.
+
+    input_ids: int32 little-endian bytes, length 4 L. positions: int32 bytes of shape [3, L] (multimodal rotary), or
+    empty for 0..L-1. position_delta: rotary position of token i >= L is i + position_delta. cache_salt: the tenant;
+    prefixes are shared only under an equal salt. pixels: buffers of the pictures that the sender believes unknown.
+    """
+
+    request_id: str
+    input_ids: bytes
+    sampling: SamplingParams
+    positions: bytes = b""
+    position_delta: int = 0
+    images: tuple[ImageRef, ...] = ()
+    pixels: tuple[PixelBuffer, ...] = ()
+    cache_salt: bytes = b""
+
+
+class PutPixels(msgspec.Struct, tag=True):
+    """The answer to `NeedPixels`."""
+
+    pixels: tuple[PixelBuffer, ...]
+
+
+class Abort(msgspec.Struct, tag=True):
+    """The client is gone, or a stop string was found. Unknown ids are ignored."""
+
+    request_id: str
+    index: int | None = None
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """End the engine process now; requests in flight are dropped."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Log-probability (natural log) of one generated token, and of the most likely alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenEvent(msgspec.Struct, kw_only=True, tag=True):
+    """New tokens of one choice. The last event of a choice carries `finish_reason`.
+
+    num_cached_tokens: prompt tokens found in the prefix cache, set on a choice's first event and after.
+    stop_token_id: the end-of-sequence or stop id that ended it (also the last of `token_ids`), if one did.
+    error: text for the server's log when finish_reason is `error`; never shown to a client.
+    """
+
+    request_id: str
+    index: int = 0
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class NeedPixels(msgspec.Struct, tag=True):
+    """The engine has neither features nor cached prefix for these pictures of a request."""
+
+    request_id: str
+    digests: list[bytes]
+
+
+class LoadProgress(msgspec.Struct, tag=True):
+    """Where start-up stands. fraction is within the phase, 0 to 1, or None when it cannot be known."""
+
+    phase: str
+    fraction: float | None = None
+    detail: str = ""
+
+
+class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What the device's memory is spent on, in bytes, and what fits."""
+
+    device: str
+    weights: int
+    vision_cache: int
+    kv_cache: int
+    kv_bytes_per_token: int
+    num_pages: int
+    page_size: int
+    context_length: int
+    max_running_requests: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of K/V that fit at once."""
+        return self.num_pages * self.page_size
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The engine has answered a request of its own; real ones may come."""
+
+    plan: MemoryPlan
+    load_seconds: float
+
+
+class Fatal(msgspec.Struct, tag=True):
+    """The engine process ends: `exit_code` and a message for the operator."""
+
+    exit_code: int
+    message: str
+
+
+class EngineStats(msgspec.Struct, kw_only=True, tag=True):
+    """A snapshot of the engine's counters, sent with events at most a few times a second. Totals since start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_in_use: int = 0
+    pages_total: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    images_encoded: int = 0
+    vision_cache_hits: int = 0
+    vision_cache_bytes: int = 0
+    retractions: int = 0
+    aborts: int = 0
+    finished: int = 0
+    steps: int = 0
+
+
+ToEngine = EngineRequest | PutPixels | Abort | Shutdown
+FromEngine = TokenEvent | NeedPixels | LoadProgress | Ready | Fatal | EngineStats
+
+encode_message = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
+decode_from_engine = msgspec.msgpack.Decoder(list[FromEngine]).decode
+
+
+def ids_to_bytes(ids: Any) -> bytes:
+    """int32 little-endian bytes of a sequence or array of ids."""
+    return np.ascontiguousarray(ids, dtype="<i4").tobytes()
+
+
+def ids_from_bytes(data: bytes) -> np.ndarray:
+    """The inverse of `ids_to_bytes`: a read-only int32 array."""
+    return np.frombuffer(data, dtype="<i4")

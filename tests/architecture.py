@@ -47,7 +47,10 @@ MAY_USE_HTTP = {
     "cli": "is a client of a running server",
     "bench": "is a client of a running server",
 }
-MAY_OPEN_PICTURES = {"prompt.media": "checks size and format before it decodes"}
+MAY_OPEN_PICTURES = {
+    "prompt.media": "checks size and format before it decodes",
+    "bench": "decodes its own pictures for transformers",
+}
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
 UNSAFE_CALLS = {

@@ -1,0 +1,236 @@
+"""sightline beside transformers `generate`, in one run on one machine: `make bench` or `sightline bench compare`.
+
+The same checkpoint, dtype, thread count, pictures, questions and number of new tokens on both sides; greedy. Each
+measured picture is new to both, so no cache helps. Rounds alternate which side goes first, and medians are printed with
+their ranges, so that a busy machine shows. Both sides start at encoded bytes and end at token ids, which are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import io
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sightline import Engine, SamplingParams, demo
+from sightline.bench.peer import Answer, PeerMissingError, Question, TransformersPeer
+from sightline.bench.report import environment, table
+from sightline.bench.serving import make_picture
+
+QUESTION = "What is in this picture?"
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What is measured."""
+
+    model: str
+    num_threads: int = 2
+    dtype: str = "float32"
+    num_tokens: int = 32
+    image_size: int = 224
+    concurrency: int = 8
+    rounds: int = 5
+    seed: int = 0
+
+
+class Samples(msgspec.Struct):
+    """One measured quantity of one side, a value for each round."""
+
+    side: str
+    what: str
+    unit: str
+    values: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+
+class Comparison(msgspec.Struct):
+    """All samples, and how many greedy answers were equal, token by token."""
+
+    plan: Plan
+    environment: dict[str, str]
+    samples: list[Samples]
+    equal_answers: int
+    compared_answers: int
+
+    def ratio(self, what: str, ours: str, theirs: str) -> float:
+        """How much better `ours` is: above 1 is faster, for times and for rates."""
+        a, b = (next(s for s in self.samples if s.side == side and s.what == what) for side in (ours, theirs))
+        return b.median / a.median if a.unit == "ms" else a.median / b.median
+
+
+class SightlineSide:
+    """The offline engine: the server's own core in this process."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._engine = Engine(plan.model, num_threads=plan.num_threads, dtype=plan.dtype, device="cpu")
+
+    def _messages(self, question: Question) -> list[dict[str, Any]]:
+        content = [{"type": "image", "image": question.picture}, {"type": "text", "text": question.text}]
+        return [{"role": "user", "content": content}]
+
+    def _sampling(self, num_tokens: int) -> SamplingParams:
+        return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+
+    def answer(self, question: Question, num_tokens: int) -> Answer:
+        """One request alone, with the time of its first token."""
+        began = time.perf_counter()
+        first, tokens = None, []
+        for delta in self._engine.stream(self._messages(question), self._sampling(num_tokens)):
+            if first is None and delta.token_ids:
+                first = time.perf_counter() - began
+            tokens += delta.token_ids
+        return Answer(tokens, first, time.perf_counter() - began)
+
+    def answer_batch(self, questions: Sequence[Question], num_tokens: int) -> list[Answer]:
+        """All at once, as they would arrive at a server."""
+        began = time.perf_counter()
+        outputs = self._engine.chat([self._messages(q) for q in questions], self._sampling(num_tokens))
+        total = time.perf_counter() - began
+        return [Answer(output.outputs[0].token_ids, None, total) for output in outputs]
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def compare(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Comparison:
+    """Run all rounds. `say` hears about progress."""
+    say("loading transformers ...")
+    peer = TransformersPeer(Path(plan.model), num_threads=plan.num_threads, dtype=plan.dtype)
+    say("loading sightline ...")
+    samples: dict[tuple[str, str], Samples] = {}
+    equal = compared = 0
+
+    def record(side: str, what: str, unit: str, value: float) -> None:
+        samples.setdefault((side, what), Samples(side, what, unit, [])).values.append(value)
+
+    def single(side: str, answer: Answer) -> None:
+        assert answer.first is not None
+        record(side, "first token, one client", "ms", 1e3 * answer.first)
+        record(
+            side,
+            "tokens/s after the first, one client",
+            "tokens/s",
+            (plan.num_tokens - 1) / (answer.total - answer.first),
+        )
+        record(side, "answer, one client", "ms", 1e3 * answer.total)
+
+    with contextlib.closing(SightlineSide(plan)) as ours:
+        pictures = questions(plan)
+        say("warming up ...")
+        warm = [next(pictures) for _ in range(plan.concurrency)]
+        for side in (peer, ours):
+            side.answer(warm[0], plan.num_tokens)
+            side.answer_batch(warm, plan.num_tokens)
+        for round_number in range(plan.rounds):
+            say(f"round {round_number + 1} of {plan.rounds} ...")
+            one, many = next(pictures), [next(pictures) for _ in range(plan.concurrency)]
+            answers: dict[str, list[list[int]]] = {}
+            for name, side in _alternate(("transformers", peer), ("sightline", ours), round_number):
+                answer = side.answer(one, plan.num_tokens)
+                single(name, answer)
+                if side is ours:
+                    again = ours.answer(one, plan.num_tokens)
+                    assert again.first is not None
+                    record("sightline, the same picture again", "first token, one client", "ms", 1e3 * again.first)
+                rate = plan.concurrency * plan.num_tokens
+                what = f"tokens/s, {plan.concurrency} requests"
+                batch = side.answer_batch(many, plan.num_tokens)
+                if side is peer:
+                    record("transformers, one batch", what, "tokens/s", rate / batch[0].total)
+                    began = time.perf_counter()
+                    batch = [peer.answer(question, plan.num_tokens) for question in many]
+                    record("transformers, one by one", what, "tokens/s", rate / (time.perf_counter() - began))
+                else:
+                    record("sightline", what, "tokens/s", rate / batch[0].total)
+                answers[name] = [answer.token_ids, *(a.token_ids for a in batch)]
+            pairs = list(zip(answers["transformers"], answers["sightline"], strict=True))
+            equal += sum(a == b for a, b in pairs)
+            compared += len(pairs)
+    facts = environment(("sightline", "torch", "transformers"))
+    return Comparison(plan, facts, list(samples.values()), equal, compared)
+
+
+def _alternate(first: Any, second: Any, round_number: int) -> Sequence[Any]:
+    return (first, second) if round_number % 2 == 0 else (second, first)
+
+
+def questions(plan: Plan) -> Iterator[Question]:
+    """Pictures that were never seen before, all of one size."""
+    rng = random.Random(plan.seed)
+    while True:
+        url = make_picture(rng, (plan.image_size, plan.image_size), "jpeg")
+        yield Question(base64.b64decode(url.partition(",")[2]), QUESTION)
+
+
+def describe(result: Comparison) -> str:
+    """The comparison for a person to read, as Markdown."""
+    plan = result.plan
+    out = io.StringIO()
+    facts = ", ".join(f"{name} {value}" for name, value in result.environment.items())
+    print(facts, file=out)
+    print(
+        f"{plan.num_threads} threads, {plan.dtype}, one {plan.image_size}x{plan.image_size} JPEG per request, "
+        f"{plan.num_tokens} new tokens, greedy; median (lowest to highest) of {plan.rounds} rounds\n",
+        file=out,
+    )
+    rows = [
+        (f"{s.what}: {s.side}", f"{s.median:.1f} {s.unit}", f"({min(s.values):.1f} to {max(s.values):.1f})")
+        for s in sorted(result.samples, key=lambda s: (s.what, s.side))
+    ]
+    print(table(("", "median", "range"), rows), file=out)
+    many = f"tokens/s, {plan.concurrency} requests"
+    print("\nsightline against transformers (above 1: sightline is faster)", file=out)
+    for what, theirs, goal in (
+        ("first token, one client", "transformers", "goal 1"),
+        ("tokens/s after the first, one client", "transformers", "goal 1"),
+        ("answer, one client", "transformers", ""),
+        (many, "transformers, one by one", "goal 3"),
+        (many, "transformers, one batch", "its best effort"),
+    ):
+        note = f"  ({goal})" if goal else ""
+        print(f"  {result.ratio(what, 'sightline', theirs):5.2f} x  {what}, against {theirs}{note}", file=out)
+    print(f"\nequal greedy answers, token by token: {result.equal_answers} of {result.compared_answers}", file=out)
+    return out.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 when it measured; whether the goals are met is for the reader to see."""
+    d = Plan(model="")
+    p = argparse.ArgumentParser(prog="sightline bench compare", description=(__doc__ or "").partition("\n\n")[2])
+    p.add_argument("--model", help="folder of a Qwen2-VL checkpoint (default: the model in the box)")
+    p.add_argument("--num-threads", type=int, default=d.num_threads, help="default: %(default)s")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default=d.dtype, help="default: %(default)s")
+    p.add_argument("--num-tokens", type=int, default=d.num_tokens, help="per answer (default: %(default)s)")
+    p.add_argument("--image-size", type=int, default=d.image_size, help="side in pixels (default: %(default)s)")
+    p.add_argument("--concurrency", type=int, default=d.concurrency, help="default: %(default)s")
+    p.add_argument("--rounds", type=int, default=d.rounds, help="default: %(default)s")
+    p.add_argument("--seed", type=int, default=d.seed)
+    p.add_argument("--json", metavar="FILE", help="write all samples as JSON too")
+    arguments = vars(p.parse_args(argv))
+    target = arguments.pop("json")
+    arguments["model"] = arguments["model"] or str(demo.model_path())
+    try:
+        result = compare(Plan(**arguments), lambda line: print(line, file=sys.stderr, flush=True))
+    except PeerMissingError as error:
+        print(f"sightline bench compare: {error}", file=sys.stderr)
+        return 1
+    print(describe(result))
+    if target:
+        Path(target).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

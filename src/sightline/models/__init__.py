@@ -2,11 +2,14 @@
 
 A model class `M(nn.Module)` named in `registry.py` provides:
 
-    config_class                             frozen dataclass with `from_hf(config: dict) -> config`; strict: a missing or
-                                             unsupported key that matters raises `CheckpointError` naming the key
+    config_class                             frozen dataclass with `from_hf(config, preprocessor) -> config`, from the contents
+                                             of config.json and preprocessor_config.json; strict: a missing or unsupported
+                                             key that matters raises `CheckpointError` naming the key. It has the decoder's
+                                             vocab_size, hidden_size, intermediate_size and max_position_embeddings
     M(config)                                builds on the current default device and dtype; no weights yet
-    M.map_name(name) -> str | None           checkpoint tensor name (any released layout) -> parameter name, None to skip;
-                                             fused parameters (qkv_proj, gate_up_proj) are filled by `models.loader`
+    map_name(name) -> str | None             checkpoint tensor name (any released layout) -> name of its slot, None to skip;
+                                             slots are parameters, but merged parameters (qkv_proj, gate_up_proj) have one
+                                             for each tensor that the checkpoint holds, see `layers.parameter`
     uses_mrope: bool                         whether `forward` wants positions [3, T] (multimodal rotary) or [T]
     kv_spec -> KVSpec                        what the engine allocates per token
     encode_images(pixels, grids) -> [Tensor] pixels: list of uint8 [H, W, 3] on the device; grids: list of (t, h, w);

@@ -1,0 +1,67 @@
+"""Linear layers whose weights are laid out for small batches, and merged ones that load from separate tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sightline.layers.parameter import Slot
+
+
+def new_weight(out_features: int, in_features: int) -> nn.Parameter:
+    """Uninitialised [out_features, in_features] on the default device and dtype.
+
+    On a CPU it is the transpose of a contiguous [in, out]: a decode step's x @ W.T then reads W in the order in which the
+    matrix product consumes it (measured 1.6 to 2.2 times faster for 1 to 8 rows, equal for hundreds).
+    """
+    if torch.get_default_device().type == "cpu":
+        return nn.Parameter(torch.empty(in_features, out_features).t(), requires_grad=False)
+    return nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. weight: [out_features, in_features], uninitialised; bias zero until loaded."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = new_weight(out_features, in_features)
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual [T, out] + x [T, in] W^T (+ b), the sum done inside the matrix product."""
+        out = torch.addmm(residual, x, self.weight.t())
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class MergedLinear(Linear):
+    """Several linear layers of one input as one product.
+
+    parts: sibling name in the checkpoint -> its output width, e.g. {"gate_proj": I, "up_proj": I}; the outputs lie side by
+    side in that order.
+    """
+
+    def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool = False) -> None:
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = dict(parts)
+
+    def slots(self, name: str) -> Iterator[tuple[str, Slot]]:
+        """`layers.0.mlp.gate_up_proj` yields `layers.0.mlp.gate_proj.weight` and so on."""
+        parent = name.rpartition(".")[0]
+        prefix = f"{parent}." if parent else ""
+        start = 0
+        for part, width in self.parts.items():
+            yield f"{prefix}{part}.weight", Slot(self.weight.data[start : start + width])
+            if self.bias is not None:
+                yield f"{prefix}{part}.bias", Slot(self.bias.data[start : start + width])
+            start += width

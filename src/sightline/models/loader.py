@@ -1,0 +1,189 @@
+"""From a checkpoint folder to a module with weights. Only safetensors are read, and nothing in a checkpoint is executed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sightline.errors import CheckpointError, ModelNotFoundError
+from sightline.layers.parameter import Slot, collect_slots
+from sightline.registry import FAMILIES
+
+Progress = Callable[[float, str], None]
+
+_INDEX = "model.safetensors.index.json"
+_UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """The contents of config.json."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise ModelNotFoundError(f"{model_dir} holds no config.json, so it is no checkpoint folder.")
+    return _read_json(path)
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The first of config.json's `architectures`, if it is one that we serve."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ModelNotFoundError("config.json: architectures is missing, so the kind of model is unknown.")
+    if names[0] not in FAMILIES:
+        supported = ", ".join(f"{key} ({family.name})" for key, family in FAMILIES.items())
+        raise ModelNotFoundError(f"The architecture {names[0]} is not supported. Supported: {supported}.")
+    return names[0]
+
+
+def load_model(
+    model_dir: Path,
+    architecture: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    load_format: str = "auto",
+    on_progress: Progress | None = None,
+) -> nn.Module:
+    """Build the model of `architecture` and fill it; in eval mode, without gradients.
+
+    load_format: "auto" or "safetensors" reads the folder's safetensors; "dummy" makes random weights on the device and
+    reads config.json alone. on_progress: called with (fraction, detail) as bytes arrive.
+    """
+    device = torch.device(device)
+    module_name, _, class_name = FAMILIES[architecture].model.partition(":")
+    model_class = getattr(importlib.import_module(module_name), class_name)
+    preprocessor = model_dir / "preprocessor_config.json"
+    config = model_class.config_class.from_hf(
+        read_config(model_dir), _read_json(preprocessor) if preprocessor.is_file() else {}
+    )
+    with _defaults(device, dtype):
+        model: nn.Module = model_class(config).eval()
+    if load_format == "dummy":
+        _fill_at_random(model, device)
+    elif load_format in ("auto", "safetensors"):
+        _fill(model, _weight_files(model_dir), on_progress or (lambda fraction, detail: None))
+    else:
+        raise CheckpointError(f"load_format is {load_format!r}; known are auto, safetensors and dummy.")
+    return model
+
+
+@contextmanager
+def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules are born on the device in the dtype, so that weights exist once."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object.")
+    return value
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    """The shards that the index names, or the only safetensors file."""
+    index = model_dir / _INDEX
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{_INDEX}: weight_map is missing.")
+        names = sorted({str(name) for name in weight_map.values()})
+        unsafe = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        if unsafe:
+            raise CheckpointError(f"{_INDEX} names {unsafe[0]!r}, which is no safetensors file of this folder.")
+        missing = [name for name in names if not (model_dir / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{model_dir}: {_few(missing)} missing, of {len(names)} weight files named by {_INDEX}."
+            )
+        return [model_dir / name for name in names]
+    single = model_dir / "model.safetensors"
+    if single.is_file():
+        return [single]
+    found = sorted(model_dir.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise CheckpointError(
+            f"{model_dir} holds {len(found)} safetensors files but neither {_INDEX} nor model.safetensors."
+        )
+    unsafe = sorted(p.name for p in model_dir.iterdir() if p.suffix in _UNSAFE_SUFFIXES)
+    if unsafe:
+        raise CheckpointError(
+            f"{model_dir} holds its weights as {unsafe[0]}, a format that can run code or that is not read here. Convert "
+            "them to safetensors (transformers: model.save_pretrained), or take a revision that has *.safetensors."
+        )
+    raise CheckpointError(f"{model_dir} holds no weights: no *.safetensors file.")
+
+
+def _fill(model: nn.Module, files: Sequence[Path], on_progress: Progress) -> None:
+    """Copy every tensor of `files` to its slot; each slot once, and no tensor left over."""
+    slots = collect_slots(model)
+    map_name: Callable[[str], str | None] = model.map_name  # type: ignore[assignment]
+    filled: set[str] = set()
+    leftover: list[str] = []
+    total = sum(path.stat().st_size for path in files)
+    done = reported = 0
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                    ours = map_name(name)
+                    if ours is None:
+                        continue
+                    if ours not in slots or ours in filled:
+                        leftover.append(name)
+                        continue
+                    tensor = file.get_tensor(name)
+                    _copy(slots[ours], tensor, name)
+                    filled.add(ours)
+                    done += tensor.nbytes
+                    if (done - reported) * 100 >= total:
+                        reported = done
+                        on_progress(min(done / total, 1.0), f"{done / 1e9:.2f} of {total / 1e9:.2f} GB")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path.name} is no whole safetensors file: {error}") from error
+    missing = [name for name in slots if name not in filled]
+    if missing or leftover:
+        problems = [f"{_few(missing)} missing"] if missing else []
+        problems += [f"{_few(leftover)} unknown to this architecture"] if leftover else []
+        raise CheckpointError(f"The weights in {files[0].parent} do not fit the model: {'; '.join(problems)}.")
+    on_progress(1.0, f"{total / 1e9:.2f} GB")
+
+
+def _copy(slot: Slot, tensor: Tensor, name: str) -> None:
+    if tuple(tensor.shape) != slot.shape:
+        raise CheckpointError(f"{name} has shape {list(tensor.shape)}, but config.json asks for {list(slot.shape)}.")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise CheckpointError(f"{name} is of type {tensor.dtype}; only float32, float16 and bfloat16 weights are read.")
+    slot.target.copy_(tensor if slot.convert is None else slot.convert(tensor), non_blocking=True)
+
+
+def _few(names: Sequence[str]) -> str:
+    """ "a, b, c (and 12 more)"."""
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'are' if len(names) > 1 else 'is'}"
+
+
+def _fill_at_random(model: nn.Module, device: torch.device) -> None:
+    """Matrices of deviation 1 / sqrt(fan in), so that activations stay near 1; norms and biases as they are born."""
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)

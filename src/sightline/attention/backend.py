@@ -8,8 +8,10 @@ q_lens[i] tokens, whose keys and values are written to the cache before attentio
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,9 +36,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        """Zero-filled pages (never `empty`: masked garbage that is NaN would still poison a softmax)."""
+        """Zero-filled pages (never `empty`: masked garbage that is NaN would still poison a softmax).
+
+        On a CPU the zeros come from the operating system page by page at first use, so that a large cache costs neither
+        start-up time nor memory until it is needed.
+        """
         shape = (num_pages, page_size, num_kv_heads, head_dim)
-        make = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
+
+        def zeros() -> Tensor:
+            if device.type == "cpu":
+                size = math.prod(shape) * dtype.itemsize
+                return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        make = [zeros() for _ in range(2 * num_layers)]
         return cls(k=make[:num_layers], v=make[num_layers:], page_size=page_size)
 
 

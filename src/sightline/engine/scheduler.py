@@ -154,13 +154,13 @@ class Scheduler:
         batch = Batch()
         budget = self.config.max_step_tokens
         for request in list(self.running):
-            if request.in_prefill or request not in self.running or budget == 0:
+            # One without pages was retracted for an earlier row of this very step.
+            if request.in_prefill or not request.pages or budget == 0:
                 continue
             if self._grow(request):
                 batch.rows.append(ScheduledRow(request, request.num_computed, 1, True))
                 budget -= 1
-        # A later row's growth may have retracted an earlier-scheduled request.
-        batch.rows = [row for row in batch.rows if row.request in self.running]
+        batch.rows = [row for row in batch.rows if row.request.pages]
         batch.num_decode = len(batch.rows)
         for request in self.running:
             if request.in_prefill and budget > 0:

@@ -1,0 +1,276 @@
+"""Chooses the next token of every row of a step.
+
+The order, for one row: the grammar's mask, logit_bias, min_tokens, repetition penalty (prompt and answer), frequency and
+presence penalties (answer only), temperature, top_k, top_p, min_p, draw. Log-probabilities are taken before all of that,
+from the model's own distribution.
+
+A draw is one uniform number per row, looked up in the row's cumulative distribution. The number is a keyed hash of the
+row's seed, its choice index and the count of tokens drawn so far, so it depends on nothing else: not on the other rows,
+not on the device, not on whether the request was retracted in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sightline.types import SamplingParams, TokenLogprob
+
+# Below this temperature the likeliest token has all the probability that a float can express.
+_GREEDY_BELOW = 1e-6
+# top_p looks at this many candidates before it sorts a whole row.
+_CANDIDATES = 1024
+
+
+class SampleOutput(NamedTuple):
+    """One entry for each row; logprobs is None where none were asked for."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+
+
+@dataclass(slots=True, eq=False)
+class SamplingState:
+    """What one choice carries from token to token. Made by `Sampler.new_state`; only the sampler changes it.
+
+    banned: int64 ids that may not come before min_tokens. bias_ids, bias_values: int64 and float32. counts: float32 [V],
+    how often each token is in the answer. seen: bool [V], tokens of prompt or answer. mask: bool [V], the tokens that a
+    grammar allows next, or None; whoever owns the grammar sets it before each step.
+    """
+
+    params: SamplingParams
+    key: bytes
+    num_output: int = 0
+    mask: Tensor | None = None
+    banned: Tensor | None = None
+    bias_ids: Tensor | None = None
+    bias_values: Tensor | None = None
+    counts: Tensor | None = None
+    seen: Tensor | None = None
+    greedy: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.greedy = self.params.temperature < _GREEDY_BELOW or self.params.top_k == 1
+
+    @property
+    def edits(self) -> bool:
+        """The row's logits change before temperature."""
+        return (
+            self.mask is not None
+            or self.bias_ids is not None
+            or self.counts is not None
+            or self.seen is not None
+            or (self.banned is not None and self.num_output < self.params.min_tokens)
+        )
+
+    @property
+    def filters(self) -> bool:
+        return self.params.top_k > 0 or self.params.top_p < 1.0 or self.params.min_p > 0.0
+
+    def uniform(self) -> float:
+        """The number in [0, 1) that draws the next token: 40 bits, so that scaling it can never round it up to 1."""
+        digest = hashlib.blake2b(self.num_output.to_bytes(8, "little"), key=self.key, digest_size=5).digest()
+        return int.from_bytes(digest, "little") / (1 << 40)
+
+
+class Sampler:
+    """Batched sampling on one device. seed: where choices without a seed of their own get theirs; None is fresh entropy."""
+
+    def __init__(self, vocab_size: int, device: torch.device, seed: int | None = None) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._key = os.urandom(32) if seed is None else _derive(b"engine", seed)
+        self._num_unseeded = 0
+
+    def new_state(
+        self, params: SamplingParams, prompt_ids: np.ndarray, eos_ids: Sequence[int], index: int
+    ) -> SamplingState:
+        """State of choice `index` of a request."""
+        if params.seed is not None:
+            key = _derive(b"choice", params.seed, index)
+        else:
+            self._num_unseeded += 1
+            key = hashlib.blake2b(self._num_unseeded.to_bytes(8, "little"), key=self._key, digest_size=32).digest()
+        state = SamplingState(params, key)
+        if params.min_tokens:
+            # Only what would end the answer; an ignored end-of-sequence token would not.
+            banned = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
+            state.banned = self._tensor(sorted(banned), torch.int64) if banned else None
+        if params.logit_bias:
+            state.bias_ids = self._tensor(list(params.logit_bias), torch.int64)
+            state.bias_values = self._tensor(list(params.logit_bias.values()), torch.float32)
+        if params.frequency_penalty or params.presence_penalty:
+            state.counts = torch.zeros(self.vocab_size, device=self.device)
+        if params.repetition_penalty != 1.0:
+            state.seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
+            state.seen[self._tensor(np.unique(prompt_ids), torch.int64)] = True
+        return state
+
+    def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> SampleOutput:
+        """logits: [len(states), V], overwritten. Draws one token for each row and counts it in the row's state."""
+        assert logits.shape == (len(states), self.vocab_size), f"{tuple(logits.shape)} for {len(states)} rows"
+        logits = logits.float()
+        asking = [i for i, s in enumerate(states) if s.params.logprobs is not None]
+        raw = torch.log_softmax(_rows(logits, asking), dim=-1) if asking else None
+        for i, state in enumerate(states):
+            if state.edits:
+                _edit(logits[i], state)
+        tokens = self._choose(logits, states)
+        token_ids: list[int] = tokens.tolist()
+        for i, state in enumerate(states):
+            state.num_output += 1
+            if state.counts is not None:
+                state.counts[tokens[i : i + 1]] += 1
+            if state.seen is not None:
+                state.seen[tokens[i : i + 1]] = True
+        logprobs: list[TokenLogprob | None] = [None] * len(states)
+        if raw is not None:
+            ks = [states[i].params.logprobs or 0 for i in asking]
+            for i, logprob in zip(asking, _logprobs(raw, [token_ids[i] for i in asking], ks), strict=True):
+                logprobs[i] = logprob
+        return SampleOutput(token_ids, logprobs)
+
+    def _choose(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+        """int64 [S]."""
+        drawing = [i for i, s in enumerate(states) if not s.greedy]
+        if not drawing:
+            return logits.argmax(dim=-1)
+        if len(drawing) == len(states):
+            return self._draw(logits, states)
+        index = self._tensor(drawing, torch.int64)
+        # Greedy rows are few or many; one argmax over all costs less than picking them out.
+        tokens = logits.argmax(dim=-1)
+        tokens[index] = self._draw(logits[index], [states[i] for i in drawing])
+        return tokens
+
+    def _draw(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+        """int64 [S]: a draw from each row. logits are overwritten."""
+        settings = self._tensor(
+            [(s.params.temperature, s.params.top_k, s.params.top_p, s.params.min_p, s.uniform()) for s in states],
+            torch.float64,
+        )
+        # The largest becomes 0, so that no temperature can overflow.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / settings[:, :1].float()
+        filtered = [i for i, s in enumerate(states) if s.filters]
+        if len(filtered) == len(states):
+            _filter(logits, settings, states)
+        elif filtered:
+            index = self._tensor(filtered, torch.int64)
+            part = logits[index]
+            _filter(part, settings[index], [states[i] for i in filtered])
+            logits[index] = part
+        cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
+        # The first token whose cumulative probability exceeds the number: never one of probability 0.
+        tokens = torch.searchsorted(cumulative, settings[:, 4:] * cumulative[:, -1:], right=True)
+        tokens = tokens.clamp_(max=logits.shape[1] - 1)
+        # ... but for the last bits of a parallel sum, which need not rise everywhere.
+        impossible = logits.gather(1, tokens) == -math.inf
+        return torch.where(impossible, logits.argmax(dim=-1, keepdim=True), tokens).squeeze(1)
+
+    def _tensor(self, values: object, dtype: torch.dtype) -> Tensor:
+        tensor = torch.tensor(values, dtype=dtype)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+
+def _derive(purpose: bytes, *numbers: int) -> bytes:
+    data = b"".join(n.to_bytes(16, "little", signed=True) for n in numbers)
+    return hashlib.blake2b(data, person=purpose, digest_size=32).digest()
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    return logits if len(rows) == logits.shape[0] else logits[rows]
+
+
+def _edit(row: Tensor, state: SamplingState) -> None:
+    """Mask, bias, min_tokens and penalties, in place on one row [V]."""
+    params = state.params
+    if state.mask is not None:
+        row.masked_fill_(~state.mask, -math.inf)
+    if state.bias_ids is not None and state.bias_values is not None:
+        row[state.bias_ids] += state.bias_values
+    if state.banned is not None and state.num_output < params.min_tokens:
+        row[state.banned] = -math.inf
+    if state.seen is not None:
+        r = params.repetition_penalty
+        row.copy_(torch.where(state.seen, torch.where(row > 0, row / r, row * r), row))
+    if state.counts is not None:
+        row -= params.frequency_penalty * state.counts + params.presence_penalty * (state.counts > 0)
+
+
+def _filter(logits: Tensor, settings: Tensor, states: Sequence[SamplingState]) -> None:
+    """top_k, then top_p of what is left, then min_p: one threshold for each row, below which logits become -inf.
+
+    Thresholds keep ties: a token exactly as likely as the last one kept stays too, so the result does not depend on how
+    a device sorts equals. The likeliest token always stays.
+    """
+    # Dividing by a sum does not change ratios, so min_p needs no renormalised probabilities and no sort.
+    threshold = settings[:, 3:4].log().float()
+    ranked = [i for i, s in enumerate(states) if s.params.top_k > 0 or s.params.top_p < 1.0]
+    if ranked:
+        part, wanted = (logits, settings) if len(ranked) == len(states) else (logits[ranked], settings[ranked])
+        top_ks = [states[i].params.top_k for i in ranked]
+        ranks = _rank_threshold(part, wanted, top_ks)
+        if len(ranked) == len(states):
+            threshold = torch.maximum(threshold, ranks)
+        else:
+            threshold[ranked] = torch.maximum(threshold[ranked], ranks)
+    logits.masked_fill_(logits < threshold, -math.inf)
+
+
+def _rank_threshold(logits: Tensor, settings: Tensor, top_ks: Sequence[int]) -> Tensor:
+    """[R, 1]: the smallest logit that top_k and top_p keep. Rows are shifted so that their largest logit is 0."""
+    vocab = logits.shape[1]
+    # -1 and 0 are off: all tokens.
+    limits = [min(k, vocab) if k > 0 else vocab for k in top_ks]
+    listed = max([k for k in limits if k < vocab], default=0)
+    num = min(vocab, listed if max(limits) < vocab else max(listed, _CANDIDATES))
+    threshold, complete = _candidates_threshold(logits, settings, limits, num)
+    if not complete.all():
+        rest = torch.nonzero(~complete).squeeze(1)
+        limits = [limits[i] for i in rest.tolist()]
+        threshold[rest], _ = _candidates_threshold(logits[rest], settings[rest], limits, vocab)
+    return threshold
+
+
+def _candidates_threshold(logits: Tensor, settings: Tensor, limits: Sequence[int], num: int) -> tuple[Tensor, Tensor]:
+    """The threshold as the `num` likeliest tokens tell it, and bool [R], whether they suffice to tell."""
+    top = logits.topk(num, dim=-1).values
+    ranks = torch.tensor([min(k, num) - 1 for k in limits], device=logits.device).unsqueeze(1)
+    limited = torch.tensor([k <= num and k < logits.shape[1] for k in limits], device=logits.device).unsqueeze(1)
+    smallest = torch.where(limited, top.gather(1, ranks), -math.inf)
+    # What top_k leaves, ties beyond the list included.
+    total = torch.where(logits >= smallest, logits, -math.inf).double().logsumexp(dim=-1, keepdim=True)
+    probs = torch.where(top >= smallest, top, -math.inf).double().sub_(total).exp_()
+    cumulative = probs.cumsum(dim=-1)
+    top_p = settings[:, 2:3]
+    kept = (cumulative - probs < top_p) & (top >= smallest)
+    # A row of NaN keeps nothing; it must not become an index out of range.
+    last = top.gather(1, (kept.sum(dim=-1, keepdim=True) - 1).clamp_(min=0))
+    threshold = torch.where(top_p < 1.0, last, smallest)
+    enough = (top_p >= 1.0) | (cumulative[:, -1:] >= top_p) | (top[:, -1:] <= smallest)
+    complete = enough.squeeze(1) if num < logits.shape[1] else torch.ones_like(enough.squeeze(1))
+    return threshold, complete
+
+
+def _logprobs(raw: Tensor, tokens: list[int], ks: list[int]) -> list[TokenLogprob]:
+    """raw: [R, V] log-softmax; tokens: the chosen ones; ks: how many alternatives each row wants."""
+    chosen = raw.gather(1, torch.tensor(tokens, device=raw.device).unsqueeze(1)).squeeze(1).tolist()
+    most = min(max(ks), raw.shape[1])
+    if not most:
+        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, chosen, strict=True)]
+    top = raw.topk(most, dim=-1)
+    values, ids = top.values.tolist(), top.indices.tolist()
+    return [
+        TokenLogprob(token, logprob, tuple(zip(ids[i][:k], values[i][:k], strict=True)))
+        for i, (token, logprob, k) in enumerate(zip(tokens, chosen, ks, strict=True))
+    ]

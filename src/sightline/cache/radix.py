@@ -164,9 +164,7 @@ class RadixCache:
         """
         assert len(keys) == len(pages)
         now = self._clock()
-        node = self._roots.get(salt)
-        if node is None:
-            node = self._roots[salt] = Node(None, salt, 0, 0)
+        node = root = self._roots.get(salt) or Node(None, salt, 0, 0)
         kept: list[int] = []
         duplicates: list[int] = []
         num_new = 0
@@ -183,6 +181,8 @@ class RadixCache:
             node = child
         self._pool.free(duplicates)
         self._num_pages += num_new
+        if num_new:
+            self._roots[salt] = root
         self._offer(node)
         return InsertResult(node, kept, num_new)
 

@@ -302,7 +302,8 @@ class Scheduler:
         was_prefill = request.in_prefill
         request.num_computed = row.start + row.q_len
         if request.pinned:
-            keep = {i.digest for i in request.images_in(request.num_computed, request.num_tokens)}
+            # Not the pictures further ahead: a prompt A B A must let go of A, or B may never find room.
+            keep = {i.digest for i in request.images_in(request.num_computed, request.num_computed + 1)}
             for digest in request.pinned - keep:
                 self.vision_cache.unpin(digest)
             request.pinned &= keep

@@ -1,0 +1,436 @@
+"""The engine over a model whose token is a hash of everything that it can see, driven by a seeded, hostile workload.
+
+The fake model keeps, for each slot of a K/V page, a hash chained from the slot before it, read through the page table.
+A page given to two requests, a stale prefix, another tenant's or picture's page, a chunk computed twice or not at all, a
+lost draw: each changes every later token. So any run is compared with what each request answers alone, for which no
+engine is needed. Between steps, every page, lock and pin is counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sightline.cache.page_pool import PagePool
+from sightline.cache.radix import RadixCache
+from sightline.cache.vision_cache import VisionCache
+from sightline.engine.core import EngineCore, Sampled
+from sightline.engine.request import Request
+from sightline.engine.scheduler import ScheduledRow, Scheduler, SchedulerConfig
+from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, SamplingParams, TokenEvent, ids_to_bytes
+
+VOCAB = 40
+EOS = 0
+PAD = VOCAB
+STOP = 5
+
+
+def chain(*parts: bytes) -> bytes:
+    """16 bytes that depend on all parts and their borders."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        h.update(len(part).to_bytes(4, "little") + part)
+    return h.digest()
+
+
+def pixels_of(digest: bytes) -> bytes:
+    """The only right pixels of a picture."""
+    return chain(b"pixels", digest)
+
+
+def feature(pixels: bytes, index: int) -> bytes:
+    """Row `index` of the features made of pixels."""
+    return chain(b"feature", pixels, index.to_bytes(4, "little"))
+
+
+def slot_hash(before: bytes, token: int, position: int, seen: bytes) -> bytes:
+    """What the fake model writes to a slot."""
+    return chain(before, token.to_bytes(4, "little"), position.to_bytes(4, "little"), seen)
+
+
+def draw(slots: bytes, index: int, num_drawn: int) -> int:
+    """The next token: of all slots in view, of the choice, and of how often that choice drew before."""
+    digest = chain(slots, index.to_bytes(4, "little"), num_drawn.to_bytes(4, "little"))
+    return int.from_bytes(digest[:8], "little") % VOCAB
+
+
+def alone(message: EngineRequest, index: int, max_tokens: int) -> list[int]:
+    """The answer of one choice, from the prompt itself: no engine, no pages."""
+    tokens = np.frombuffer(message.input_ids, dtype="<i4").tolist()
+    seen = {i.offset + k: feature(pixels_of(i.digest), k) for i in message.images for k in range(i.num_tokens)}
+    before, slots, output = chain(b"start", message.cache_salt), b"", []
+    sampling = message.sampling
+    while True:
+        for position in range(len(slots) // 16, len(tokens)):
+            before = slot_hash(before, tokens[position], position, seen.get(position, b""))
+            slots += before
+        token = draw(slots, index, len(output))
+        tokens.append(token)
+        output.append(token)
+        stopped = (token == EOS and not sampling.ignore_eos) or token in sampling.stop_token_ids
+        if stopped or len(output) >= max_tokens:
+            return output
+
+
+class PlannedError(RuntimeError):
+    """A fault that the workload injects."""
+
+
+@dataclass
+class State:
+    """The fake sampler's memory of one choice."""
+
+    index: int
+    num_drawn: int = 0
+
+
+class HashRunner:
+    """`Runner` over slots of 16 bytes. Asserts what a real device would silently corrupt."""
+
+    def __init__(self, pool: PagePool, page_size: int, vision_cache: VisionCache, max_step_tokens: int) -> None:
+        self.page_size = page_size
+        self.pool = pool
+        self.vision_cache = vision_cache
+        self.max_step_tokens = max_step_tokens
+        self.slots = np.zeros(((pool.num_total + 1) * page_size, 16), dtype=np.uint8)
+        self.fail_next = ""
+        self.encoded: Counter[bytes] = Counter()
+
+    def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> State:
+        return State(index)
+
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[bytes]) -> list[bytes]:
+        assert len({i.digest for i in images}) == len(images), "a picture is encoded twice in one step"
+        self.encoded.update(i.digest for i in images)
+        if self.fail_next == "encode":
+            self.fail_next = ""
+            raise PlannedError("encode")
+        return list(pixels)
+
+    def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
+        assert rows, "an empty step"
+        assert len({id(r.request) for r in rows}) == len(rows), "a request twice in one step"
+        assert sum(r.q_len for r in rows) <= self.max_step_tokens, "more tokens than a step may have"
+        assert all(r.q_len == 1 and r.sample for r in rows[:num_decode]), "a decode row of another length"
+        assert all(r.start == r.request.num_computed and r.q_len > 0 for r in rows)
+        if self.fail_next == "execute":
+            self.fail_next = ""
+            raise PlannedError("execute")
+        self._check_writes(rows)
+        for row in rows:
+            self._write(row)
+        return [self._sample(row) for row in rows if row.sample]
+
+    def _check_writes(self, rows: Sequence[ScheduledRow]) -> None:
+        written: list[int] = []
+        for row in rows:
+            pages = {p // self.page_size for p in range(row.start, row.start + row.q_len)}
+            assert min(pages) >= row.request.num_tree_pages, "a write to a page of the prefix cache"
+            written += [row.request.pages[p] for p in pages]
+        assert len(set(written)) == len(written), "two rows write to one page"
+        assert not any(self.pool.is_free(p) for p in written), "a write to a free page"
+        assert 0 not in written
+
+    def _slots(self, request: Request, end: int) -> np.ndarray:
+        positions = np.arange(end)
+        pages = np.asarray(request.pages[: -(-end // self.page_size)])
+        return pages[positions // self.page_size] * self.page_size + positions % self.page_size
+
+    def _write(self, row: ScheduledRow) -> None:
+        request, end = row.request, row.start + row.q_len
+        where = self._slots(request, end)
+        before = self.slots[where[row.start - 1]].tobytes() if row.start else chain(b"start", request.cache_salt)
+        seen = {}
+        for image in request.images_in(row.start, end):
+            value = self.vision_cache.get(image.digest)
+            for k in range(max(row.start - image.offset, 0), min(end - image.offset, image.num_tokens)):
+                seen[image.offset + k] = feature(value, k)
+        for position, token in enumerate(request.ids(row.start, end).tolist(), row.start):
+            assert (token == PAD) == (position in seen), "a placeholder without features, or features without one"
+            before = slot_hash(before, token, position, seen.get(position, b""))
+            self.slots[where[position]] = np.frombuffer(before, dtype=np.uint8)
+
+    def _sample(self, row: ScheduledRow) -> Sampled:
+        request = row.request
+        assert row.start + row.q_len == request.num_tokens, "a sample before the newest token"
+        state: State = request.sampling_state
+        token = draw(self.slots[self._slots(request, request.num_tokens)].tobytes(), state.index, state.num_drawn)
+        state.num_drawn += 1
+        return Sampled(token)
+
+
+@dataclass
+class Choice:
+    """What the client has seen of one choice."""
+
+    message: EngineRequest
+    index: int
+    expected: list[int]
+    tokens: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+    aborted: bool = False
+
+
+@dataclass
+class Workload:
+    """Everything that one seed decides. Sizes are small so that every limit is met often."""
+
+    rng: random.Random
+    page_size: int
+    context_length: int
+    num_pages: int
+    max_step_tokens: int
+    max_running: int
+    max_encode_tokens: int
+    vision_bytes: int
+    use_radix: bool
+    num_requests: int
+    fault_rate: float
+    abort_rate: float
+    pixel_delay: int
+    segments: list[list[int] | int]
+    picture_tokens: list[int]
+
+    @classmethod
+    def of_seed(cls, seed: int) -> Workload:
+        rng = random.Random(seed)
+        page_size = rng.choice([1, 2, 4, 4, 8])
+        context_length = rng.randint(12, 64)
+        minimum = -(-context_length // page_size)
+        picture_tokens = [rng.randint(1, 14) for _ in range(5)]
+        return cls(
+            rng=rng,
+            page_size=page_size,
+            context_length=context_length,
+            num_pages=minimum + rng.choice([0, 0, 1, 2, minimum, 4 * minimum]),
+            max_step_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
+            max_running=rng.choice([1, 2, 3, 8, 16]),
+            max_encode_tokens=rng.choice([1, 10, 30]),
+            vision_bytes=rng.choice([0, 8, 14, 20, 40, 1000]),
+            use_radix=rng.random() < 0.8,
+            num_requests=rng.randint(3, 24),
+            fault_rate=rng.choice([0.0, 0.0, 0.05]),
+            abort_rate=rng.choice([0.0, 0.05, 0.2]),
+            pixel_delay=rng.choice([0, 3, 20]),
+            # Text of one to ten tokens, or the number of a picture; repeated, so that prefixes are shared.
+            segments=[
+                rng.randrange(5) if rng.random() < 0.4 else [rng.randrange(VOCAB) for _ in range(rng.randint(1, 10))]
+                for _ in range(5)
+            ],
+            picture_tokens=picture_tokens,
+        )
+
+    def request(self, number: int, previous: list[list[list[int] | int]]) -> EngineRequest:
+        """A prompt made of known segments, often one that an earlier prompt began with."""
+        rng = self.rng
+        salt = rng.choice([b"", b"", b"", b"tenant"])
+        parts = list(rng.choice(previous)[: rng.randint(0, 4)]) if previous and rng.random() < 0.6 else []
+        parts += rng.choices(self.segments, k=rng.randint(1, 4))
+        ids: list[int] = []
+        images: list[ImageRef] = []
+        used: list[list[int] | int] = []
+        for part in parts:
+            new = [PAD] * self.picture_tokens[part] if isinstance(part, int) else part
+            if len(ids) + len(new) >= self.context_length:
+                continue
+            if isinstance(part, int):
+                # A tenant's salt is part of the digest, as in the server.
+                digest = hashlib.blake2b(bytes([part]) + salt, digest_size=32).digest()
+                images.append(ImageRef(digest, len(ids), len(new), (1, 1, len(new))))
+            ids += new
+            used.append(part)
+        previous.append(used)
+        return EngineRequest(
+            request_id=f"r{number}",
+            input_ids=ids_to_bytes(ids or [1]),
+            sampling=SamplingParams(
+                n=rng.choice([1, 1, 1, 2, 3]),
+                max_tokens=rng.choice([None, 1, 2, 5, 20]),
+                ignore_eos=rng.random() < 0.5,
+                stop_token_ids=rng.choice([(), (), (STOP,)]),
+            ),
+            images=tuple(images),
+            cache_salt=salt,
+        )
+
+
+class Simulation:
+    """One seed. `run` raises AssertionError on the first thing that is wrong."""
+
+    def __init__(self, seed: int) -> None:
+        self.work = work = Workload.of_seed(seed)
+        self.rng = work.rng
+        self.pool = PagePool(work.num_pages + 1)
+        self.vision_cache = VisionCache(work.vision_bytes)
+        self.radix = RadixCache(self.pool, work.page_size) if work.use_radix else None
+        self.runner = HashRunner(self.pool, work.page_size, self.vision_cache, work.max_step_tokens)
+        config = SchedulerConfig(
+            page_size=work.page_size,
+            max_step_tokens=work.max_step_tokens,
+            max_running=work.max_running,
+            max_encode_tokens=work.max_encode_tokens,
+            image_token_bytes=1,
+        )
+        self.scheduler = Scheduler(config, self.pool, self.radix, self.vision_cache)
+        self.core = EngineCore(
+            self.scheduler, self.runner, eos_token_ids=[EOS], context_length=work.context_length, clock=lambda: 0.0
+        )
+        self.choices: dict[tuple[str, int], Choice] = {}
+        self.previous: list[list[list[int] | int]] = []
+        self.pixels_due: list[tuple[int, bytes, str]] = []
+        self.tick = 0
+        self.added = 0
+        self.met: Counter[str] = Counter()
+        self.trace = hashlib.sha256()
+
+    def run(self) -> None:
+        """Until every request has ended."""
+        while self.added < self.work.num_requests or not self.core.idle:
+            self.tick += 1
+            assert self.tick < 20_000, f"no end in sight: {len(self.scheduler.waiting)} waiting"
+            self._act()
+            if self.core.idle:
+                self._check_idle()
+                continue
+            self._step()
+            self._check_step()
+        self._check_idle()
+        for choice in self.choices.values():
+            assert choice.reason is not None, "a choice never ended"
+        if self.radix is not None:
+            self.radix.reset()
+            assert self.pool.num_free == self.pool.num_total
+
+    # -- the clients ---------------------------------------------------------------------------------------------------
+
+    def _act(self) -> None:
+        rng, work = self.rng, self.work
+        while self.added < work.num_requests and rng.random() < (0.9 if self.core.idle else 0.25):
+            self._add()
+        due = [entry for entry in self.pixels_due if entry[0] <= self.tick]
+        self.pixels_due = [entry for entry in self.pixels_due if entry[0] > self.tick]
+        for _, digest, request_id in due:
+            # A client that is gone may or may not have answered before.
+            if self._is_live(request_id) or rng.random() < 0.5:
+                self.core.put_pixels(digest, pixels_of(digest))
+        live = [c for c in self.choices.values() if c.reason is None]
+        if live and rng.random() < work.abort_rate:
+            self._abort(rng.choice(live))
+        if rng.random() < work.fault_rate:
+            self.runner.fail_next = rng.choice(["encode", "execute"])
+
+    def _add(self) -> None:
+        message = self.work.request(self.added, self.previous)
+        self.added += 1
+        prompt_len = len(message.input_ids) // 4
+        room = self.work.context_length - prompt_len
+        limit = min(room, message.sampling.max_tokens or room)
+        for index in range(message.sampling.n):
+            self.choices[message.request_id, index] = Choice(message, index, alone(message, index, limit))
+        self.core.add(message)
+        # Some pictures come with the request, as from a client that thinks them unknown.
+        for image in message.images:
+            if self.rng.random() < 0.5:
+                self.core.put_pixels(image.digest, pixels_of(image.digest))
+
+    def _abort(self, choice: Choice) -> None:
+        request = self.core._requests[choice.message.request_id, choice.index]
+        state = "waiting" if not request.pages else "prefill" if request.in_prefill else "decode"
+        self.met[f"abort {state}{' after retraction' if request.num_retractions else ''}"] += 1
+        if request.asked_pixels:
+            self.met["abort while asking for pixels"] += 1
+        whole = self.rng.random() < 0.5
+        for other in self.choices.values():
+            if other.message is choice.message and (whole or other is choice) and other.reason is None:
+                other.aborted = True
+        self._receive(self.core.abort(choice.message.request_id, None if whole else choice.index))
+        assert choice.reason is FinishReason.ABORT, "the abort had no effect"
+        assert not self.core.abort(choice.message.request_id, choice.index), "aborted twice"
+        assert not self.core.abort("nobody")
+
+    def _step(self) -> None:
+        events = self.core.step()
+        self._receive(events)
+        if self.core.stalled:
+            assert any(self._is_live(r) for _, _, r in self.pixels_due), (
+                "nothing can run, and nobody was asked for anything"
+            )
+            self.met["stalled"] += 1
+
+    def _is_live(self, request_id: str) -> bool:
+        return any(c.reason is None for (r, _), c in self.choices.items() if r == request_id)
+
+    def _receive(self, events: Sequence[Any]) -> None:
+        for event in events:
+            self.trace.update(repr(event).encode())
+            if isinstance(event, NeedPixels):
+                self.met["pixels asked for"] += 1
+                assert event.digests
+                for digest in event.digests:
+                    due = self.tick + 1 + self.rng.randint(0, self.work.pixel_delay)
+                    self.pixels_due.append((due, digest, event.request_id))
+            else:
+                self._receive_tokens(event)
+
+    def _receive_tokens(self, event: TokenEvent) -> None:
+        choice = self.choices[event.request_id, event.index]
+        assert choice.reason is None, "an event after the end"
+        choice.tokens += event.token_ids
+        choice.reason = reason = event.finish_reason
+        assert choice.tokens == choice.expected[: len(choice.tokens)], "another answer than alone"
+        if event.num_cached_tokens:
+            self.met["prefix hit"] += 1
+            assert event.num_cached_tokens < len(choice.message.input_ids) // 4
+        if reason is FinishReason.ABORT:
+            assert choice.aborted, "aborted by nobody"
+        elif reason is FinishReason.ERROR:
+            assert self.work.fault_rate, f"an error that nobody planned: {event.error}"
+            assert "PlannedError" in (event.error or ""), event.error
+            self.met[f"error in {(event.error or '').split()[-1]}"] += 1
+        elif reason is not None:
+            assert choice.tokens == choice.expected, "it ended early"
+            last = choice.tokens[-1]
+            stops = {*choice.message.sampling.stop_token_ids, *(() if choice.message.sampling.ignore_eos else (EOS,))}
+            assert (reason is FinishReason.STOP) == (last in stops)
+            assert event.stop_token_id == (last if last in stops else None)
+
+    # -- the books -----------------------------------------------------------------------------------------------------
+
+    def _check_step(self) -> None:
+        scheduler, radix = self.scheduler, self.radix
+        tree = radix.pages() if radix is not None else []
+        own = [page for r in scheduler.running for page in r.pages[r.num_tree_pages :]]
+        owners = Counter(tree) + Counter(own)
+        assert not [page for page, n in owners.items() if n > 1], "a page with two owners"
+        assert self.pool.num_free + len(tree) + len(own) == self.pool.num_total, "a page without an owner"
+        self.pool.check_integrity()
+        self.vision_cache.check_integrity()
+        if radix is not None:
+            radix.check_integrity()
+            in_use = {page for r in scheduler.running for page in r.pages[: r.num_tree_pages]}
+            assert in_use <= set(tree), "a request uses a page that the tree gave away"
+            assert radix.num_locked == len(in_use), "locked pages are not those in use"
+        assert not any(r.pages or r.pinned or r.node for r in scheduler.waiting), "a waiting request holds something"
+        pinned = {digest for r in scheduler.running for digest in r.pinned}
+        assert self.vision_cache.num_pinned == len(pinned), "pins and their holders differ"
+        assert len(scheduler.running) <= self.work.max_running
+        live = [c for c in self.choices.values() if c.reason is None]
+        assert len(live) == len(scheduler.running) + len(scheduler.waiting) == len(self.core._requests)
+        wanted = {image.digest for choice in live for image in choice.message.images}
+        assert scheduler.pixels.keys() <= wanted, "pixels that nobody wants are kept"
+
+    def _check_idle(self) -> None:
+        self.scheduler.assert_idle()
+        self._check_step()
+        self.met["retraction"] = self.scheduler.num_retractions
+        self.met["picture evicted"] = self.vision_cache.evictions
+        self.met["picture reused"] = self.vision_cache.hits
+        snapshot = self.core.snapshot()
+        assert snapshot.pages_in_use == 0
+        assert snapshot.finished + snapshot.aborts == sum(c.reason is not None for c in self.choices.values())

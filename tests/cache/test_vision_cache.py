@@ -73,6 +73,16 @@ def test_a_hit_is_a_use_that_needed_no_encoder():
     assert (cache.hits, cache.misses) == (2, 1)
 
 
+def test_a_pin_is_a_use():
+    cache = VisionCache(100)
+    put(cache, A, 50)
+    put(cache, B, 50)
+    cache.pin(A)
+    cache.unpin(A)
+    put(cache, C, 50)
+    assert [cache.contains(d) for d in (A, B, C)] == [True, False, True]
+
+
 def test_a_failed_encoding_gives_its_place_back():
     cache = VisionCache(100)
     cache.reserve(A, 70)
@@ -182,6 +192,7 @@ class VisionMachine(RuleBasedStateMachine):
     def agrees_with_the_model(self) -> None:
         self.cache.check_integrity()
         assert [d for d in NAMES if self.cache.contains(d)] == sorted(self.sizes)
+        assert list(self.cache._entries) == self.order
         assert self.cache.num_bytes == sum(self.sizes.values())
         assert self.cache.num_pinned == sum(n > 0 for n in self.pins.values())
 

@@ -6,7 +6,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -78,13 +78,27 @@ def run_engine(config: EngineConfig, model_dir: Path, run_dir: Path, connection:
 
     started = time.monotonic()
     try:
-        core, plan = build_core(config, model_dir, lambda progress: connection.send([progress]))
+        core, plan = build_core(config, model_dir, _throttled(connection))
     except StartupError as error:
         connection.send([Fatal(error.exit_code, str(error))])
         return error.exit_code
     connection.send([Ready(plan, time.monotonic() - started), core.snapshot()])
     _Loop(core, run_dir, connection).run()
     return 0
+
+
+def _throttled(connection: Connection) -> Callable[[LoadProgress], None]:
+    """Forward every new phase, but of one phase no more than twenty messages a second."""
+    last: tuple[str, float] = ("", 0.0)
+
+    def send(progress: LoadProgress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if progress.phase != last[0] or now - last[1] > 0.05 or progress.fraction == 1.0:
+            last = (progress.phase, now)
+            connection.send([progress])
+
+    return send
 
 
 class _Loop:

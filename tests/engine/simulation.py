@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sightline.cache.page_pool import PagePool
@@ -100,20 +101,20 @@ class HashRunner:
         self.max_step_tokens = max_step_tokens
         self.slots = np.zeros(((pool.num_total + 1) * page_size, 16), dtype=np.uint8)
         self.fail_next = ""
-        self.encoded: Counter[bytes] = Counter()
+        self.num_steps = 0
 
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> State:
         return State(index)
 
     def encode(self, images: Sequence[ImageRef], pixels: Sequence[bytes]) -> list[bytes]:
         assert len({i.digest for i in images}) == len(images), "a picture is encoded twice in one step"
-        self.encoded.update(i.digest for i in images)
         if self.fail_next == "encode":
             self.fail_next = ""
             raise PlannedError("encode")
         return list(pixels)
 
     def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
+        self.num_steps += 1
         assert rows, "an empty step"
         assert len({id(r.request) for r in rows}) == len(rows), "a request twice in one step"
         assert sum(r.q_len for r in rows) <= self.max_step_tokens, "more tokens than a step may have"
@@ -326,7 +327,7 @@ class Simulation:
             self.runner.fail_next = rng.choice(["encode", "execute"])
 
     def _add(self) -> None:
-        message = self.work.request(self.added, self.previous)
+        message = self._continued(self.work.request(self.added, self.previous))
         self.added += 1
         prompt_len = len(message.input_ids) // 4
         room = self.work.context_length - prompt_len
@@ -338,6 +339,21 @@ class Simulation:
         for image in message.images:
             if self.rng.random() < 0.5:
                 self.core.put_pixels(image.digest, pixels_of(image.digest))
+
+    def _continued(self, message: EngineRequest) -> EngineRequest:
+        """Sometimes another turn of a conversation: an earlier prompt, its answer, and the new prompt's text."""
+        earlier = [c for c in self.choices.values() if c.reason is not None]
+        if not earlier or self.rng.random() < 0.7:
+            return message
+        choice = self.rng.choice(earlier)
+        ids = np.frombuffer(choice.message.input_ids + ids_to_bytes(choice.tokens), dtype="<i4")
+        more = [t for t in np.frombuffer(message.input_ids, dtype="<i4").tolist() if t != PAD]
+        ids = np.concatenate([ids, more])[: self.work.context_length - 1]
+        if any(i.offset + i.num_tokens > len(ids) for i in choice.message.images):
+            return message
+        return msgspec.structs.replace(
+            choice.message, request_id=message.request_id, input_ids=ids_to_bytes(ids), sampling=message.sampling
+        )
 
     def _abort(self, choice: Choice) -> None:
         request = self.core._requests[choice.message.request_id, choice.index]
@@ -355,8 +371,12 @@ class Simulation:
         assert not self.core.abort("nobody")
 
     def _step(self) -> None:
+        before = self.runner.num_steps
         events = self.core.step()
         self._receive(events)
+        # A loop that believes a stalled engine busy would spin; the reverse would sleep for ever.
+        tried = self.runner.num_steps > before or any(isinstance(e, TokenEvent) for e in events)
+        assert self.core.stalled == (not tried)
         if self.core.stalled:
             assert any(self._is_live(r) for _, _, r in self.pixels_due), (
                 "nothing can run, and nobody was asked for anything"
@@ -372,6 +392,7 @@ class Simulation:
             if isinstance(event, NeedPixels):
                 self.met["pixels asked for"] += 1
                 assert event.digests
+                assert self._is_live(event.request_id), "a question to a client that is gone"
                 for digest in event.digests:
                     due = self.tick + 1 + self.rng.randint(0, self.work.pixel_delay)
                     self.pixels_due.append((due, digest, event.request_id))
@@ -424,6 +445,9 @@ class Simulation:
         assert len(live) == len(scheduler.running) + len(scheduler.waiting) == len(self.core._requests)
         wanted = {image.digest for choice in live for image in choice.message.images}
         assert scheduler.pixels.keys() <= wanted, "pixels that nobody wants are kept"
+        assert not any(map(self.vision_cache.contains, scheduler.pixels)), "pixels of an encoded picture are kept"
+        retracted = [r.num_retractions > 0 for r in scheduler.waiting]
+        assert retracted == sorted(retracted, reverse=True), "a newcomer stands before a retracted request"
 
     def _check_idle(self) -> None:
         self.scheduler.assert_idle()

@@ -1,0 +1,121 @@
+"""Pieces of the scheduler that the simulation reaches only by chance."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sightline.cache.page_pool import PagePool
+from sightline.cache.radix import RadixCache, page_keys
+from sightline.cache.vision_cache import VisionCache
+from sightline.engine.request import Request
+from sightline.engine.scheduler import Scheduler, SchedulerConfig
+from sightline.types import FinishReason, ImageRef, SamplingParams
+
+
+def make(num_pages: int = 20, radix: bool = True, **config: int) -> Scheduler:
+    pool = PagePool(num_pages + 1)
+    values = {"page_size": 4, "max_step_tokens": 64, "max_running": 8, "max_encode_tokens": 64, "image_token_bytes": 1}
+    return Scheduler(
+        SchedulerConfig(**{**values, **config}), pool, RadixCache(pool, 4) if radix else None, VisionCache(1000)
+    )
+
+
+def request(prompt: list[int], images: tuple[ImageRef, ...] = (), name: str = "r") -> Request:
+    return Request(
+        request_id=name,
+        index=0,
+        prompt_ids=np.asarray(prompt, dtype=np.int32),
+        sampling=SamplingParams(),
+        max_tokens=100,
+        sampling_state=None,
+        images=images,
+    )
+
+
+def step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
+    """Schedule and pretend to compute; (name, start, length) of each row."""
+    batch = scheduler.schedule()
+    if batch is None:
+        return []
+    for image in batch.encode:
+        scheduler.vision_cache.fill(image.digest, "features")
+        del scheduler.pixels[image.digest]
+    for row in batch.rows:
+        scheduler.advance(row)
+        if row.sample:
+            row.request.output_ids.append(7)
+    return [(row.request.request_id, row.start, row.q_len) for row in batch.rows]
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_keys_do_not_depend_on_where_the_prompt_ended(data: st.DataObject):
+    """Pages that hold the end of a prompt, pictures in it included, and the beginning of an answer."""
+    ids: list[int] = []
+    images: list[ImageRef] = []
+    for part in data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=8)):
+        if part:
+            images.append(ImageRef(bytes([part]) * 32, len(ids), 2 * part, (1, 1, 1)))
+            ids += [99] * 2 * part
+        else:
+            ids.append(data.draw(st.integers(0, 2)))
+    answer = data.draw(st.lists(st.integers(0, 2), max_size=10))
+    asked = request(ids, tuple(images))
+    asked.output_ids += answer
+    whole = page_keys(np.asarray(ids + answer, dtype=np.int32), images, 4)
+    for count in data.draw(st.permutations(range(len(whole) + 1))):
+        assert make()._keys(asked, count) == whole[:count]
+
+
+def test_decode_rows_stand_before_prefill():
+    scheduler = make(max_step_tokens=6)
+    scheduler.add(request([1, 2, 3], name="a"))
+    assert step(scheduler) == [("a", 0, 3)]
+    scheduler.add(request(list(range(10)), name="b"))
+    scheduler.add(request([5, 6], name="c"))
+    assert step(scheduler) == [("a", 3, 1), ("b", 0, 5)]
+    assert step(scheduler) == [("a", 4, 1), ("b", 5, 5)]
+    assert step(scheduler) == [("a", 5, 1), ("b", 10, 1), ("c", 0, 2)]
+
+
+def test_the_newest_is_retracted_and_returns_first():
+    scheduler = make(num_pages=6)
+    for name in "ab":
+        scheduler.add(request([ord(name)] * 7, name=name))
+    step(scheduler)
+    scheduler.add(request([1] * 20, name="late"))
+    while not scheduler.num_retractions:
+        assert step(scheduler)
+    assert [r.request_id for r in scheduler.running] == ["a"]
+    assert [r.request_id for r in scheduler.waiting] == ["b", "late"]
+    for r in (*scheduler.running, *scheduler.waiting):
+        scheduler.finish(r, FinishReason.ABORT)
+    scheduler.assert_idle()
+
+
+def test_a_request_without_its_pixels_lets_others_pass():
+    scheduler = make()
+    picture = ImageRef(b"p" * 32, 1, 4, (1, 1, 1))
+    scheduler.add(request([1, 99, 99, 99, 99, 2], (picture,), "picture"))
+    scheduler.add(request([1, 2, 3], name="text"))
+    assert step(scheduler) == [("text", 0, 3)]
+    assert [(r.request_id, d) for r, d in scheduler.pixel_requests] == [("picture", [picture.digest])]
+    scheduler.put_pixels(picture.digest, "pixels")
+    assert step(scheduler) == [("text", 3, 1), ("picture", 0, 6)]
+
+
+def test_room_for_one_picture_serves_a_prompt_that_returns_to_it():
+    """The first picture must not be held for its second showing while another one needs the room."""
+    scheduler = make()
+    scheduler.vision_cache.max_bytes = 4
+    a, b = ImageRef(b"a" * 32, 0, 4, (1, 1, 1)), ImageRef(b"b" * 32, 4, 4, (1, 1, 1))
+    again = ImageRef(a.digest, 8, 4, (1, 1, 1))
+    scheduler.add(request([99] * 12, (a, b, again), "aba"))
+    rows = []
+    for _ in range(6):
+        for digest in (a.digest, b.digest):
+            scheduler.put_pixels(digest, "pixels")
+        rows += step(scheduler)
+    assert [row[1:] for row in rows[:4]] == [(0, 4), (4, 4), (8, 4), (12, 1)]

@@ -160,7 +160,6 @@ class Scheduler:
             if self._grow(request):
                 batch.rows.append(ScheduledRow(request, request.num_computed, 1, True))
                 budget -= 1
-        batch.rows = [row for row in batch.rows if row.request.pages]
         batch.num_decode = len(batch.rows)
         for request in self.running:
             if request.in_prefill and budget > 0:

@@ -306,6 +306,13 @@ def test_equals_are_kept_together(knobs: dict[str, Any], kept: set[int], monkeyp
     assert {i for i, p in enumerate(probs) if p > 0} == kept
 
 
+def test_top_k_of_one_is_greedy_even_among_equals():
+    sampler = make(vocab=8)
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 2.0, 2.0, 0.0, 0.0]])
+    states = [state_of(sampler, prompt=np.asarray([1]), top_k=1) for _ in range(40)]
+    assert set(sampler.sample(logits.repeat(40, 1), states).token_ids) == {int(logits.argmax())}
+
+
 def test_top_p_beyond_the_candidate_list(monkeypatch: pytest.MonkeyPatch):
     """A flat row needs more candidates than are looked at first; a peaked row beside it does not."""
     monkeypatch.setattr(sampler_module, "_CANDIDATES", 4)

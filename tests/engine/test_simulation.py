@@ -22,7 +22,7 @@ from sightline.engine.scheduler import Scheduler
 from tests.engine.simulation import Simulation
 
 FIRST = int(os.environ.get("SIMULATION_FIRST", "0"))
-NUM_SEEDS = int(os.environ.get("SIMULATION_SEEDS", "600"))
+NUM_SEEDS = int(os.environ.get("SIMULATION_SEEDS", "400"))
 NUM_PARTS = 10
 
 
@@ -44,7 +44,7 @@ def simulate(seed: int) -> Simulation:
     return simulation
 
 
-@pytest.mark.timeout(0 if NUM_SEEDS > 600 else 120)
+@pytest.mark.timeout(0 if NUM_SEEDS > 400 else 120)
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 def test_every_answer_is_what_the_request_answers_alone(part: int):
     for seed in range(FIRST + part, FIRST + NUM_SEEDS, NUM_PARTS):

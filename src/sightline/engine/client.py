@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -81,7 +81,9 @@ class AsyncEngine:
         log_format: str = "text",
     ) -> None:
         self.stats = EngineStats()
-        self._run_dir = Path(tempfile.mkdtemp(prefix="sightline-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        self._run_dir = Path(
+            tempfile.mkdtemp(prefix="sightline-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        )
         self._transport: Transport = (
             _ThreadTransport(config, model_dir, self._run_dir)
             if in_process
@@ -103,7 +105,8 @@ class AsyncEngine:
         self._on_progress = on_progress
         self._ready, self._dead = loop.create_future(), loop.create_future()
         self._transport.start(self._on_messages, self._on_end)
-        await asyncio.wait([self._ready, self._dead], return_when=asyncio.FIRST_COMPLETED)
+        futures: list[asyncio.Future[Any]] = [self._ready, self._dead]
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         if self._dead.done():
             raise self._dead.result()
         return self._ready.result()

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def build_core(
         on_progress(LoadProgress("weights", fraction, detail))
 
     on_progress(LoadProgress("weights", 0.0))
-    model = load_model(
+    model: Any = load_model(
         model_dir,
         architecture(hf_config),
         dtype=dtype,
@@ -131,7 +132,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError("--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch.")
+        raise DeviceError(
+            "--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch."
+        )
     return torch.device(name)
 
 
@@ -142,7 +145,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _activation_bytes(model: torch.nn.Module, max_step: int, dtype: torch.dtype) -> int:
+def _activation_bytes(model: Any, max_step: int, dtype: torch.dtype) -> int:
     """Upper bound of one step's activations on a GPU: a few live [max_step, intermediate] tensors, and the logits."""
     config = model.config
     wide = max_step * (4 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize

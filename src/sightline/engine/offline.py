@@ -1,10 +1,10 @@
 """Engine: the offline form. The same core as the server's, in a thread of this process; no HTTP.
 
-    from sightline import Engine, SamplingParams
+from sightline import Engine, SamplingParams
 
-    with Engine() as engine:
-        answer = engine.chat([{"role": "user", "content": [{"type": "image", "image": "cat.png"}, "What is it?"]}])
-        print(answer.text)
+with Engine() as engine:
+    answer = engine.chat([{"role": "user", "content": [{"type": "image", "image": "cat.png"}, "What is it?"]}])
+    print(answer.text)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -203,7 +203,7 @@ class Engine:
         finally:
             await self._await(stream.aclose())
 
-    async def _stream(self, messages: Messages, sampling: SamplingParams | None) -> AsyncIterator[OutputDelta]:
+    async def _stream(self, messages: Messages, sampling: SamplingParams | None) -> AsyncGenerator[OutputDelta]:
         prompt = await self._chat_prompt(messages)
         async for delta in self._deltas(prompt, sampling or SamplingParams(), f"offline-{next(self._ids)}"):
             yield delta

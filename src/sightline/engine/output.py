@@ -108,7 +108,8 @@ class RequestDecoder:
         shown = event.token_ids[:-1] if event.stop_token_id is not None else event.token_ids
         text = self._choices[event.index].push(shown, final=final)
         token_ids, logprobs = event.token_ids, event.logprobs
-        finish, stop_reason = event.finish_reason, None
+        finish = event.finish_reason
+        stop_reason: str | int | None = None
         if event.stop_token_id is not None and event.stop_token_id in self._sampling.stop_token_ids:
             stop_reason = event.stop_token_id
         if text.stopped is not None:

@@ -29,7 +29,7 @@ class ZmqConnection:
     """The child's end of a PAIR socket. A vanished parent reads as `Shutdown`."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)

@@ -55,7 +55,9 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
         """One forward over all rows packed; sampling for the rows that reached their newest token."""
-        input_ids = self._to_device(np.concatenate([r.request.ids(r.start, r.start + r.q_len) for r in rows]), torch.int64)
+        input_ids = self._to_device(
+            np.concatenate([r.request.ids(r.start, r.start + r.q_len) for r in rows]), torch.int64
+        )
         positions = self._to_device(np.concatenate([_positions(r) for r in rows], axis=1), torch.int64)
         image_rows, features = self._image_rows(rows)
         batch = self._attention_batch(rows, num_decode)
@@ -63,7 +65,9 @@ class ModelRunner:
         ctx = ForwardContext(self.backend, self.cache, batch)
         hidden = self.model.embed(input_ids, image_rows, features)
         hidden = self.model.forward(hidden, positions if self.model.uses_mrope else positions[0], ctx)
-        sampling = [(end - 1, r.request) for end, r in zip(np.cumsum([r.q_len for r in rows]), rows, strict=True) if r.sample]
+        sampling = [
+            (end - 1, r.request) for end, r in zip(np.cumsum([r.q_len for r in rows]), rows, strict=True) if r.sample
+        ]
         if not sampling:
             return []
         if len(sampling) < hidden.shape[0]:

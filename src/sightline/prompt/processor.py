@@ -1,16 +1,23 @@
 """The protocol of a family's processor: the one owner of its picture arithmetic. CPU only, no torch.
 
-A processor is built from the checkpoint folder's JSON files and is stateless afterwards, so that worker threads share it.
+A processor is built from the checkpoint folder (a `Path`) and is stateless afterwards, so that worker threads share it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from sightline.types import ImageRef
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the checkpoint; empty when there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 class ImagePlan(NamedTuple):
@@ -45,6 +52,10 @@ class Processor(Protocol):
     """What `prompt.pipeline` asks of a family."""
 
     image_token_id: int
+
+    def limits_for(self, detail: str) -> PixelLimits:
+        """What OpenAI's `detail` (low, high, auto, original) means for this family."""
+        ...
 
     def plan(self, width: int, height: int, limits: PixelLimits = PixelLimits()) -> ImagePlan:
         """Size, grid and token count for a picture of `width` x `height`. Raises `ImageError` if it cannot be used."""

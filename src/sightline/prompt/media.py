@@ -1,0 +1,413 @@
+"""Pictures from outside: fetch, check, decode. The only module that opens a URL or an image.
+
+Bytes come from `data:` URLs, from http(s) through a client that dials only checked addresses, and from local files below one
+allowed folder. An image is judged by its first bytes and its header before a pixel of it is decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import ipaddress
+import re
+import socket
+import struct
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
+
+import httpcore2
+import httpx2
+import numpy as np
+from PIL import Image, ImageOps
+
+from sightline.errors import ImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+)
+_EXIF_ORIENTATION = 0x0112
+# Pillow's own bomb check is replaced by ours, which every picture passes before its pixels are touched.
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, ZeroDivisionError,
+    MemoryError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+# Spellings of hosts that parsers read differently: refuse instead of guessing.
+_ODD_HOST = re.compile(r"[^A-Za-z0-9.\-:_\[\]]")
+_NUMERIC_HOST = re.compile(r"^(0x[0-9a-f]*|[0-9]+)(\.(0x[0-9a-f]*|[0-9]+))*\.?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What a client may ask for. Sizes in bytes and pixels, time in seconds of wall clock.
+
+    timeout covers names, connections, headers, bodies and redirects of one picture together. decode_bytes bounds the
+    pixels (3 bytes each) being decoded at once in this process.
+    """
+
+    max_images: int = 16
+    max_image_bytes: int = 20 * 1000 * 1000
+    max_request_bytes: int = 64 * 1000 * 1000
+    max_pixels: int = 36_000_000
+    timeout: float = 5.0
+    max_redirects: int = 3
+    allow_private: bool = False
+    allowed_domains: frozenset[str] = frozenset()
+    allowed_local_path: Path | None = None
+    decode_bytes: int = 512 << 20
+
+
+@dataclass
+class MediaCounters:
+    """Work done since start; a known picture adds nothing."""
+
+    fetches: int = 0
+    probes: int = 0
+    decodes: int = 0
+    resizes: int = 0
+
+
+class MediaLoader:
+    """Gets the encoded bytes of a picture. One for each event loop; `close` when done."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self.limits = limits
+        self.counters = MediaCounters()
+        self._client: httpx2.AsyncClient | None = None
+
+    async def load(self, url: str, param: str | None = None) -> bytes:
+        """Encoded bytes of `url`. Raises `ImageError` naming `param` and what to do."""
+        try:
+            scheme = url[:16].partition(":")[0].lower()
+            if scheme == "data":
+                return self._decode_data_url(url)
+            if scheme in ("http", "https"):
+                return await self._fetch(url)
+            if scheme == "file":
+                return await asyncio.to_thread(self._read_file, unquote(url[5:].removeprefix("//")))
+            raise _bad_url("An image URL must begin with https:, http: or data:.")
+        except ImageError as error:
+            error.param = error.param or param
+            raise
+
+    async def close(self) -> None:
+        """Close pooled connections."""
+        if self._client is not None:
+            await self._client.aclose()
+
+    def _decode_data_url(self, url: str) -> bytes:
+        head, comma, payload = url.partition(",")
+        mime, *options = (part.strip().lower() for part in head[5:].split(";"))
+        if not comma:
+            raise _bad_url("A data URL has the form data:image/png;base64,... ; the comma is missing.")
+        if mime and not mime.startswith("image/") and mime != "application/octet-stream":
+            raise ImageError(
+                f"A data URL of type {mime[:40]!r} is not an image; use image/jpeg, image/png, image/webp or image/gif.",
+                code="unsupported_image_media_type",
+            )
+        # Base64 holds 3 bytes in 4 characters: refuse before decoding.
+        if len(payload) * 3 // 4 > self.limits.max_image_bytes + 3:
+            raise self._too_large()
+        if "base64" not in options:
+            return self._checked(unquote_to_bytes(payload))
+        if "%" in payload:
+            payload = unquote(payload)
+        try:
+            return self._checked(base64.b64decode(payload.encode("ascii"), validate=True))
+        except (binascii.Error, ValueError) as error:
+            raise ImageError("The image's base64 data is not valid.", code="invalid_base64_image") from error
+
+    def _read_file(self, name: str) -> bytes:
+        root = self.limits.allowed_local_path
+        # One answer whatever is there: a client must not learn which files exist.
+        refused = _bad_url("Local files are not served from this address; send the image as a data: URL.", status=403)
+        if root is None:
+            raise refused
+        try:
+            path = Path(name).resolve(strict=True)
+            if not path.is_relative_to(root.resolve()) or not path.is_file():
+                raise refused
+            with path.open("rb") as file:
+                return self._checked(file.read(self.limits.max_image_bytes + 1))
+        except (OSError, ValueError) as error:
+            raise refused from error
+
+    async def _fetch(self, url: str) -> bytes:
+        self.counters.fetches += 1
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                return self._checked(await self._follow(url))
+        except TimeoutError as error:
+            raise _failed(f"The image could not be fetched within {self.limits.timeout:g} seconds.") from error
+        except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError, UnicodeError) as error:
+            raise _failed("The image's host could not be reached or gave no valid answer.") from error
+
+    async def _follow(self, url: str) -> bytes:
+        for _ in range(self.limits.max_redirects + 1):
+            target = self._check_url(url)
+            async with self._http().stream("GET", target) as response:
+                if response.is_redirect and "location" in response.headers:
+                    url = str(target.join(response.headers["location"]))
+                    continue
+                if response.status_code != 200:
+                    raise _failed(f"The image's host answered with status {response.status_code}.")
+                if response.headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+                    raise _failed("The image's host sent compressed content, which is not accepted.")
+                return await self._read_body(response)
+        raise _failed(f"The image's URL was redirected more than {self.limits.max_redirects} times.")
+
+    async def _read_body(self, response: httpx2.Response) -> bytes:
+        limit = self.limits.max_image_bytes
+        declared = response.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise self._too_large()
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > limit:
+                raise self._too_large()
+        return bytes(body)
+
+    def _check_url(self, url: str) -> httpx2.URL:
+        """Refuse what parsers disagree on, and hosts that are not allowed. Addresses are checked when dialled."""
+        authority = re.match(r"[a-z]+://([^/?#]*)", url, re.IGNORECASE)
+        if (
+            authority is None
+            or "@" in authority[1]
+            or _ODD_HOST.search(authority[1])
+            or re.search(r"[\s\\\x00-\x20]", url)
+        ):
+            raise _bad_url("The image's URL is not valid: it has an unusual host, user name, space or backslash.")
+        parsed = httpx2.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise _bad_url("An image URL must begin with https:, http: or data:.")
+        host = parsed.host.rstrip(".").lower()
+        if _NUMERIC_HOST.match(host) and not _is_dotted_quad(host):
+            raise _bad_url("The image's URL spells an address in an unusual way.")
+        allowed = self.limits.allowed_domains
+        if allowed and host not in allowed:
+            raise _blocked()
+        return parsed
+
+    def _http(self) -> httpx2.AsyncClient:
+        if self._client is None:
+            transport = httpx2.AsyncHTTPTransport(trust_env=False, retries=0)
+            transport._pool._network_backend = _GuardedBackend(self.limits.allow_private)
+            self._client = httpx2.AsyncClient(
+                transport=transport,
+                trust_env=False,
+                follow_redirects=False,
+                timeout=self.limits.timeout,
+                headers={"Accept-Encoding": "identity", "Accept": "image/*", "User-Agent": "sightline"},
+            )
+        return self._client
+
+    def _checked(self, data: bytes) -> bytes:
+        if len(data) > self.limits.max_image_bytes:
+            raise self._too_large()
+        if not data:
+            raise ImageError("The image is empty.", code="empty_image_file")
+        return data
+
+    def _too_large(self) -> ImageError:
+        limit = self.limits.max_image_bytes / 1e6
+        return ImageError(
+            f"The image is larger than {limit:g} MB; send a smaller one.", code="image_too_large", status=413
+        )
+
+
+class _GuardedBackend(httpcore2.AsyncNetworkBackend):
+    """Resolves a name once, requires every address of it to be public, and dials one of those very addresses."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+        self._backend = httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise _failed("The image's host has no address.") from error
+        addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+        if not self._allow_private and not all(is_public(address) for address in addresses):
+            raise _blocked()
+        return await self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+
+    async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore2.AsyncNetworkStream:
+        raise _blocked()
+
+    async def sleep(self, seconds: float) -> None:
+        await self._backend.sleep(seconds)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is globally routable; addresses that embed an IPv4 one count as that one."""
+    if "%" in address:
+        return False
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if embedded is None and ip in ipaddress.ip_network("64:ff9b::/96"):
+            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if embedded is not None:
+            return is_public(str(embedded))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def _is_dotted_quad(host: str) -> bool:
+    try:
+        return str(ipaddress.IPv4Address(host)) == host
+    except ValueError:
+        return False
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def probe(data: bytes, limits: MediaLimits, param: str | None = None) -> tuple[int, int]:
+    """(width, height) of the upright picture, from the header alone. Raises `ImageError`."""
+    with _open(data, limits, param) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def decode(data: bytes, limits: MediaLimits, param: str | None = None) -> Image.Image:
+    """An upright RGB picture: orientation applied, transparency on white, 16 bits scaled to 8, first frame only."""
+    with _open(data, limits, param) as image:
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+            return _to_rgb(upright)
+        except _DECODE_ERRORS as error:
+            raise _unreadable(param) from error
+
+
+def _open(data: bytes, limits: MediaLimits, param: str | None) -> Image.Image:
+    kind = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        kind = "WEBP"
+    if not data:
+        raise ImageError("The image is empty.", code="empty_image_file", param=param)
+    if kind is None:
+        raise ImageError(
+            "The data is not an image of a supported format; send JPEG, PNG, WebP, GIF or BMP.",
+            code="invalid_image_format",
+            param=param,
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=[kind])
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels(limits, param) from error
+    except _DECODE_ERRORS as error:
+        raise _unreadable(param) from error
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise _unreadable(param)
+    if width * height > limits.max_pixels:
+        raise _too_many_pixels(limits, param)
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _DECODE_ERRORS:
+        # Broken metadata does not spoil a picture.
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image if "transparency" not in image.info else _on_white(image.convert("RGBA"))
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _scale_down(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return _on_white(image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composite RGBA on white, so that colours hidden by transparency stay hidden."""
+    background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(background, image).convert("RGB")
+
+
+def _scale_down(image: Image.Image) -> Image.Image:
+    """16-bit (or wider) grey to 8 bits: 65535 becomes 255. A float picture is taken as 0..1 if it stays in there."""
+    values = np.asarray(image, dtype=np.float64)
+    scale = 255.0 if image.mode == "F" and values.size and values.max() <= 1.0 else 255.0 / 65535.0
+    if image.mode in ("I", "F") and values.size and 1.0 < values.max() <= 255.0:
+        scale = 1.0
+    grey = np.rint(np.clip(values * scale, 0, 255)).astype(np.uint8)
+    return Image.fromarray(grey, "L").convert("RGB")
+
+
+def _too_many_pixels(limits: MediaLimits, param: str | None) -> ImageError:
+    return ImageError(
+        f"The image has more than {limits.max_pixels / 1e6:g} million pixels; send a smaller one.",
+        code="image_too_large",
+        param=param,
+    )
+
+
+def _unreadable(param: str | None) -> ImageError:
+    return ImageError("The image is truncated or damaged and cannot be decoded.", code="image_parse_error", param=param)
+
+
+def _bad_url(message: str, status: int = 400) -> ImageError:
+    return ImageError(message, code="invalid_image_url", status=status)
+
+
+def _blocked() -> ImageError:
+    return ImageError(
+        "The image's host is not allowed; send the image as a data: URL, or ask the operator to allow the host.",
+        code="invalid_image_url",
+        status=403,
+    )
+
+
+def _failed(message: str) -> ImageError:
+    return ImageError(f"{message} Check the URL, or send the image as a data: URL.", code="failed_to_download_image")
+
+
+class DecodeBudget:
+    """Bounds the pixel bytes being decoded at once; a picture larger than the whole budget waits to be alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._used = 0
+        self._freed = asyncio.Condition()
+
+    async def run(self, num_bytes: int, function: Any, *args: Any) -> Any:
+        """Run `function` in a worker thread while holding `num_bytes` of the budget."""
+        share = min(num_bytes, self._total)
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._used + share <= self._total)
+            self._used += share
+        try:
+            return await asyncio.to_thread(function, *args)
+        finally:
+            async with self._freed:
+                self._used -= share
+                self._freed.notify_all()

@@ -1,0 +1,334 @@
+"""Messages and pictures to one `Prompt`: fetch, identify, render, tokenise, expand. Runs in the HTTP process, without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import io
+import secrets
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from sightline.errors import ContextLengthError, ImageError, RequestError
+from sightline.prompt import media
+from sightline.prompt.chat_template import ChatTemplate, Rendered, Shield, load_source
+from sightline.prompt.media import DecodeBudget, MediaLimits, MediaLoader
+from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, Processor, read_json
+from sightline.prompt.tokenizer import Tokenizer
+from sightline.registry import FAMILIES
+from sightline.types import ImageRef
+
+_KNOWN_SIZES = 100_000
+_DETAILS = ("auto", "low", "high", "original")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One distinct picture of a prompt. data: its encoded bytes, or an already decoded image (offline only)."""
+
+    digest: bytes
+    data: bytes | Image.Image
+    plan: ImagePlan
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine needs, and the pictures behind it.
+
+    input_ids: int32 [L], placeholders expanded. positions: int32 [3, L] or None. images: in the order of the prompt, a
+    picture shown twice appears twice; pictures: by digest, once.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray | None
+    position_delta: int
+    images: tuple[ImageRef, ...]
+    pictures: dict[bytes, Picture] = field(default_factory=dict)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders of all pictures together."""
+        return sum(image.num_tokens for image in self.images)
+
+
+class _Source(NamedTuple):
+    """A picture as a message names it. value: URL, or (offline) bytes, path or PIL image."""
+
+    value: Any
+    limits: PixelLimits
+    param: str
+
+
+class PromptPipeline:
+    """Everything of a checkpoint folder that is not the model itself.
+
+    chat_template: override, see `chat_template.load_source`. context_length: prompts must be shorter. allow_local: accept
+    paths, bytes and PIL images as pictures (the offline `Engine`). secret: key of the pictures' identities.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        chat_template: str | None = None,
+        limits: MediaLimits = MediaLimits(),
+        context_length: int = 1 << 30,
+        allow_local: bool = False,
+        secret: bytes | None = None,
+    ) -> None:
+        config = read_json(model_dir / "config.json")
+        family = FAMILIES[config["architectures"][0]]
+        self.limits = limits
+        self.context_length = context_length
+        self.tokenizer = Tokenizer(model_dir)
+        self.processor = _load_processor(family.processor, model_dir)
+        tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
+        shield = Shield(self.tokenizer.added)
+        source, _ = load_source(model_dir, chat_template, family.chat_template)
+        self.template = ChatTemplate(source, shield, **tokens)
+        if self.processor is not None and not self.template.takes_parts:
+            # A text-only template would lose the pictures: the family's own takes its place.
+            source, _ = load_source(model_dir, family.chat_template, family.chat_template)
+            self.template = ChatTemplate(source, shield, **tokens)
+        self.media = MediaLoader(limits)
+        self._allow_local = allow_local
+        self._secret = secret or secrets.token_bytes(32)
+        self._sizes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        self._budget = DecodeBudget(limits.decode_bytes)
+
+    async def close(self) -> None:
+        """Close the media client."""
+        await self.media.close()
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        limits: PixelLimits = PixelLimits(),
+        salt: bytes = b"",
+    ) -> Prompt:
+        """OpenAI messages to a prompt. Raises `RequestError` and its kinds, naming the field."""
+        plain, sources = self._split(messages, limits)
+        pictures = await self._identify(sources, salt)
+
+        def tokenize() -> list[int]:
+            rendered = self.template.render(
+                plain,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_kwargs=template_kwargs,
+            )
+            return self._encode(rendered)
+
+        return self._expand(await asyncio.to_thread(tokenize), pictures, "messages")
+
+    async def text(
+        self, prompt: str | Sequence[int], images: Sequence[Any] = (), *, salt: bytes = b"", trusted: bool = True
+    ) -> Prompt:
+        """A raw prompt. Its i-th placeholder token is the i-th picture; without placeholders, pictures come first.
+
+        trusted: special tokens written in the prompt count as such (the offline `Engine`'s own prompts).
+        """
+        sources = [_Source(image, PixelLimits(), f"images[{i}]") for i, image in enumerate(images)]
+        pictures = await self._identify(sources, salt)
+        if isinstance(prompt, str):
+            encode = self.tokenizer.encode_trusted if trusted else self.tokenizer.encode
+            ids = await asyncio.to_thread(encode, prompt)
+        else:
+            ids = list(prompt)
+        if pictures and self.processor is not None and self.processor.image_token_id not in ids:
+            ids = [self.processor.image_token_id] * len(pictures) + ids
+        return self._expand(ids, pictures, "prompt")
+
+    def _encode(self, rendered: Rendered) -> list[int]:
+        ids = self.tokenizer.encode_trusted(rendered.text, rendered.client_positions)
+        bos = self.tokenizer.bos_token
+        bos_id = self.tokenizer.token_to_id(bos) if bos and self.tokenizer.adds_bos else None
+        return ids if bos_id is None or ids[:1] == [bos_id] else [bos_id, *ids]
+
+    def _expand(self, ids: list[int], pictures: list[Picture], param: str) -> Prompt:
+        if not ids:
+            raise RequestError("The prompt is empty.", param=param)
+        plans, digests = [p.plan for p in pictures], [p.digest for p in pictures]
+        if self.processor is not None:
+            processed = self.processor.expand(ids, plans, digests)
+        else:
+            processed = ProcessedPrompt(np.asarray(ids, dtype=np.int32), None, 0, ())
+        prompt = Prompt(*processed, pictures={p.digest: p for p in pictures})
+        length = len(prompt.input_ids)
+        if length >= self.context_length:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.context_length} tokens. However, your prompt has {length} "
+                f"tokens ({length - prompt.num_image_tokens} of text, {prompt.num_image_tokens} of images). Please shorten "
+                "it, or send fewer or smaller images.",
+                param=param,
+            )
+        return prompt
+
+    # -- pictures ------------------------------------------------------------------------------------------------------
+
+    def _split(
+        self, messages: Sequence[Mapping[str, Any]], limits: PixelLimits
+    ) -> tuple[list[dict[str, Any]], list[_Source]]:
+        """Messages with every picture reduced to {"type": "image"}, and the pictures in order."""
+        plain: list[dict[str, Any]] = []
+        sources: list[_Source] = []
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            if isinstance(content, Sequence) and not isinstance(content, str):
+                parts = [
+                    self._part(part, f"messages[{i}].content[{j}]", limits, sources) for j, part in enumerate(content)
+                ]
+                # Parts are for templates that place pictures; text alone is the same as a string to any template.
+                joined = all(part["type"] == "text" for part in parts)
+                content = "".join(part["text"] for part in parts) if joined else parts
+            plain.append({**message, "content": content if content is not None else ""})
+        if sources and self.processor is None:
+            raise RequestError(
+                "Invalid content type. image_url is only supported by certain models.",
+                param=sources[0].param.replace("[", ".[") + ".type",
+            )
+        if len(sources) > self.limits.max_images:
+            raise RequestError(
+                f"The request has {len(sources)} images; at most {self.limits.max_images} are allowed.",
+                param="messages",
+            )
+        return plain, sources
+
+    def _part(self, part: Any, param: str, limits: PixelLimits, sources: list[_Source]) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        if not isinstance(part, Mapping):
+            raise RequestError("A content part must be an object with a type.", param=param)
+        kind = part.get("type")
+        if kind in ("text", "input_text", "output_text", "refusal"):
+            return {"type": "text", "text": part.get("refusal" if kind == "refusal" else "text") or ""}
+        if kind in ("image_url", "input_image"):
+            value, detail = part.get("image_url"), part.get("detail")
+            if isinstance(value, Mapping):
+                value, detail = value.get("url"), value.get("detail") or detail
+            if not isinstance(value, str):
+                raise RequestError("image_url must hold a URL.", param=f"{param}.image_url", code="invalid_image_url")
+            sources.append(_Source(value, self._with_detail(limits, detail, param), f"{param}.image_url"))
+            return {"type": "image"}
+        if kind == "image" and self._allow_local:
+            sources.append(_Source(part.get("image"), self._with_detail(limits, part.get("detail"), param), param))
+            return {"type": "image"}
+        raise RequestError(
+            f"Content of type {str(kind)[:40]!r} is not supported; use text and image_url.", param=f"{param}.type"
+        )
+
+    def _with_detail(self, limits: PixelLimits, detail: str | None, param: str) -> PixelLimits:
+        if detail is None or self.processor is None:
+            return limits
+        if detail not in _DETAILS:
+            raise RequestError(f"detail must be one of {', '.join(_DETAILS)}.", param=f"{param}.image_url.detail")
+        ours = self.processor.limits_for(detail)
+        bounds = [b for b in (limits.max_pixels, ours.max_pixels) if b is not None]
+        return PixelLimits(limits.min_pixels, min(bounds) if bounds else None)
+
+    async def _identify(self, sources: list[_Source], salt: bytes) -> list[Picture]:
+        """Fetch and probe all pictures at once; the first error ends the others."""
+        tasks = [asyncio.ensure_future(self._picture(source, salt)) for source in sources]
+        try:
+            pictures = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+        total = sum(len(p.data) for p in pictures if isinstance(p.data, bytes))
+        if total > self.limits.max_request_bytes:
+            raise ImageError(
+                f"The images have {total / 1e6:.1f} MB together; at most {self.limits.max_request_bytes / 1e6:g} are allowed.",
+                code="image_too_large",
+                param="messages",
+                status=413,
+            )
+        return pictures
+
+    async def _picture(self, source: _Source, salt: bytes) -> Picture:
+        assert self.processor is not None
+        data = await self._data(source)
+        settings = repr((type(self.processor).__name__, tuple(source.limits))).encode()
+        digest = hashlib.blake2b(key=self._secret, digest_size=32)
+        if isinstance(data, Image.Image):
+            content = [b"pixels", repr((data.mode, data.size, data.getpalette())).encode(), data.tobytes()]
+        else:
+            content = [b"file", data]
+        for part in (salt, settings, *content):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        identity = digest.digest()
+        size = self._sizes.get(identity)
+        if size is None:
+            size = data.size if isinstance(data, Image.Image) else self._probe(data, source.param)
+            self._sizes[identity] = size
+            if len(self._sizes) > _KNOWN_SIZES:
+                self._sizes.popitem(last=False)
+        try:
+            plan = self.processor.plan(*size, source.limits)
+        except ImageError as error:
+            error.param = error.param or source.param
+            raise
+        return Picture(identity, data, plan, source.param)
+
+    def _probe(self, data: bytes, param: str) -> tuple[int, int]:
+        self.media.counters.probes += 1
+        return media.probe(data, self.limits, param)
+
+    async def _data(self, source: _Source) -> bytes | Image.Image:
+        value = source.value
+        if self._allow_local:
+            if isinstance(value, Image.Image):
+                return value
+            if isinstance(value, bytes):
+                return value
+            if isinstance(value, Path) or (isinstance(value, str) and not _is_url(value)):
+                return await asyncio.to_thread(Path(value).read_bytes)
+        return await self.media.load(value, source.param)
+
+    async def decode(self, picture: Picture) -> np.ndarray:
+        """Resized uint8 pixels, in a worker thread and under the budget. Raises `ImageError` for a broken file."""
+        width, height = self._sizes.get(picture.digest, (picture.plan.width, picture.plan.height))
+        pixels: np.ndarray = await self._budget.run(3 * width * height, self._pixels, picture)
+        return pixels
+
+    def _pixels(self, picture: Picture) -> np.ndarray:
+        assert self.processor is not None
+        data = picture.data
+        if isinstance(data, Image.Image):
+            # One code path for all pictures: PNG keeps every pixel.
+            buffer = io.BytesIO()
+            data.save(buffer, "PNG", compress_level=0)
+            data = buffer.getvalue()
+        self.media.counters.decodes += 1
+        image = media.decode(data, self.limits, picture.param)
+        self.media.counters.resizes += 1
+        return self.processor.resize(image, picture.plan)
+
+
+def _load_processor(path: str | None, model_dir: Path) -> Processor | None:
+    if path is None:
+        return None
+    module, _, name = path.partition(":")
+    processor: Processor = getattr(importlib.import_module(module), name)(model_dir)
+    return processor
+
+
+def _is_url(value: str) -> bool:
+    return value[:5].lower() in ("data:", "http:", "https", "file:")

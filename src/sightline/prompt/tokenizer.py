@@ -1,0 +1,148 @@
+"""A checkpoint's tokenizer, with one rule added: text that a client typed never becomes a special token."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Generator
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.decoders import DecodeStream
+
+from sightline.errors import CheckpointError
+from sightline.prompt.processor import read_json
+
+
+class AddedToken(NamedTuple):
+    """An entry of tokenizer.json's `added_tokens`; lstrip and rstrip swallow the white space beside it."""
+
+    id: int
+    content: str
+    lstrip: bool
+    rstrip: bool
+
+
+class Tokenizer:
+    """Two tokenizers of one tokenizer.json: the whole one, and one without added tokens for the text between them.
+
+    eos_token_ids: ids that end an answer. bos_token: text of the beginning-of-sequence token, if the checkpoint has one.
+    Raises `CheckpointError` when tokenizer.json is missing or broken.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        path = model_dir / "tokenizer.json"
+        try:
+            spec = json.loads(path.read_text(encoding="utf-8"))
+            self._whole = HFTokenizer.from_str(json.dumps(spec))
+            added = [AddedToken(t["id"], t["content"], t["lstrip"], t["rstrip"]) for t in spec.get("added_tokens", ())]
+            self._plain = HFTokenizer.from_str(json.dumps({**spec, "added_tokens": [], "post_processor": None}))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{model_dir} holds no tokenizer.json.") from error
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
+        for tokenizer in (self._whole, self._plain):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self.added = {t.content: t for t in added}
+        self._special_ids = frozenset(t["id"] for t in spec.get("added_tokens", ()) if t.get("special"))
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._added_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._byte_level = _uses(spec, "ByteLevel")
+        config = read_json(model_dir / "tokenizer_config.json")
+        self.bos_token = _token_text(config.get("bos_token"))
+        self.eos_token = _token_text(config.get("eos_token"))
+        self.eos_token_ids = self._eos_ids(model_dir)
+        # Whether encoding puts the beginning-of-sequence token in front by itself.
+        self.adds_bos = self.bos_token is not None and self._whole.encode("a").tokens[:1] == [self.bos_token]
+        self.vocab_size = self._whole.get_vocab_size(with_added_tokens=True)
+
+    def _eos_ids(self, model_dir: Path) -> tuple[int, ...]:
+        eos = read_json(model_dir / "generation_config.json").get("eos_token_id")
+        if eos is None:
+            eos = self.token_to_id(self.eos_token) if self.eos_token else None
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+    # -- text to ids ---------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; what looks like an added token is spelled out."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_trusted(self, text: str, client_positions: Collection[int] = ()) -> list[int]:
+        """Ids of a rendered prompt. An added token is recognised unless it begins at a client's character; everything
+        between added tokens is tokenised as transformers would."""
+        ids: list[int] = []
+        start = position = 0
+        while match := self._added_pattern.search(text, position):
+            if match.start() in client_positions:
+                # A shorter token may still begin inside; look again one character on.
+                position = match.start() + 1
+                continue
+            token = self.added[match.group()]
+            before = text[start : match.start()]
+            ids += self.encode(before.rstrip() if token.lstrip else before)
+            ids.append(token.id)
+            start = match.end()
+            if token.rstrip:
+                start += len(text[start:]) - len(text[start:].lstrip())
+            position = start
+        return ids + self.encode(text[start:])
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a vocabulary entry or added token."""
+        found: int | None = self._whole.token_to_id(token)
+        return found
+
+    # -- ids to text ---------------------------------------------------------------------------------------------------
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence."""
+        return str(self._whole.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def stream(self, *, skip_special_tokens: bool = True) -> Generator[str, int, None]:
+        """A generator: send an id, receive the text that it completes (maybe empty)."""
+        stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        text = ""
+        while True:
+            token_id = yield text
+            text = stream.step(self._whole, token_id) or ""
+
+    def id_to_token(self, token_id: int) -> str:
+        """The vocabulary's own spelling; empty for ids that no token has."""
+        return self._whole.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; joined over tokens they are the answer's UTF-8."""
+        token = self.id_to_token(token_id)
+        if token in self.added:
+            return token.encode()
+        if self._byte_level:
+            return bytes(_BYTE_OF_CHAR.get(c, 63) for c in token)
+        fallback = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        return bytes([int(fallback[1], 16)]) if fallback else token.replace("\u2581", " ").encode()
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `skip_special_tokens` leaves it out."""
+        return token_id in self._special_ids
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The byte-level BPE alphabet (GPT-2): printable bytes stand for themselves, others for characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def _uses(spec: dict, kind: str) -> bool:
+    return f'"{kind}"' in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
+
+
+def _token_text(value: str | dict | None) -> str | None:
+    return value["content"] if isinstance(value, dict) else value

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sightline.attention.cross import CrossAttentionBatch, cross_attention
+
 
 @dataclass(frozen=True)
 class KVCache:
@@ -85,14 +87,22 @@ class AttentionBackend(abc.ABC):
         Scale is head_dim ** -0.5; row r of a sequence sees keys 0 .. kv_len - q_len + r. Returns [T, num_heads, head_dim].
         """
 
+    def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch) -> Tensor:
+        """Attend q [R, num_heads, head_dim] to pictures; shapes as in `cross_attention`, which this is unless overridden."""
+        return cross_attention(q, layer, cross)
+
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What a model's forward needs beside its tensors; an argument, never a global."""
+    """What a model's forward needs beside its tensors; an argument, never a global.
+
+    cross: the pictures that rows attend to, for families with cross-attention; None when no row of the step sees one.
+    """
 
     backend: AttentionBackend
     cache: KVCache
     batch: AttentionBatch
+    cross: CrossAttentionBatch | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Causal attention of decoder layer `layer`; shapes as in `AttentionBackend.forward`."""

@@ -129,6 +129,17 @@ def test_decode_rows_of_equal_and_of_very_different_lengths() -> None:
     world.step([(sequences[1], 1)])
 
 
+def test_one_long_sequence_does_not_pad_the_others() -> None:
+    world = World(4, 2, 0)
+    sequences = [world.add() for _ in range(6)]
+    world.step([(i, n) for i, n in zip(sequences, (5, 15, 16, 600, 310, 305), strict=True)])
+    for _ in range(3):
+        world.step([(i, 1) for i in sequences])
+    plan = world.backend._plan
+    assert plan is not None
+    assert [group.keys.num_keys for group in plan.decode] == [603, 19]
+
+
 def test_first_token_alone_is_a_decode_row() -> None:
     world = World(4, 2, 0)
     world.step([(world.add(), 1)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
 from sightline.attention.torch_sdpa import TorchSDPABackend
 from sightline.models.loader import architecture, load_model, read_config
-from tests import oracle
+from sightline.prompt.qwen2_vl import Qwen2VLProcessor
 
 PAGE_SIZE = 16
 
@@ -104,14 +104,20 @@ class Harness:
 
     @torch.inference_mode()
     def sequence(self, model_dir: Path, ids: Sequence[int], pictures: Sequence[Image.Image] = ()) -> Sequence_:
-        """ids with expanded placeholders; pixels and positions come from transformers."""
-        positions, delta = oracle.positions(model_dir, ids, pictures)
-        batch = [oracle.resized(model_dir, picture) for picture in pictures]
+        """ids with one placeholder for each picture; the family's processor expands them, resizes and counts positions."""
+        processor = Qwen2VLProcessor(model_dir)
+        plans = [processor.plan(*picture.size) for picture in pictures]
+        pixels = [processor.resize(picture, plan) for picture, plan in zip(pictures, plans, strict=True)]
         features = self.model.encode_images(
-            [torch.from_numpy(pixels).to(self.device) for pixels in batch],
-            [(1, pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in batch],
+            [torch.tensor(array, device=self.device) for array in pixels], [plan.grid for plan in plans]
         )
-        return Sequence_(list(ids), positions, delta, features, self.model.config.image_token_id)
+        prompt = processor.expand(list(ids), plans, [b""] * len(plans))
+        positions = prompt.positions
+        if positions is None:
+            positions = np.broadcast_to(np.arange(len(prompt.input_ids)), (3, len(prompt.input_ids)))
+        return Sequence_(
+            prompt.input_ids.tolist(), positions, prompt.position_delta, features, self.model.config.image_token_id
+        )
 
     @torch.inference_mode()
     def step(self, work: Sequence[tuple[Sequence_, int]]) -> list[Tensor]:

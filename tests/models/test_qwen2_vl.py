@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sightline.models import qwen2_vl
+from sightline.prompt.qwen2_vl import Qwen2VLProcessor
 from tests import oracle, tiny
 from tests.models.harness import Harness, load
 
@@ -37,7 +38,7 @@ PROMPTS: dict[str, tuple[list[tuple[int, int]], list[int | str]]] = {
 
 
 def prompt(model_dir: Path, name: str, seed: int = 0) -> tuple[list[int], list[Image.Image]]:
-    """Expanded ids and pictures."""
+    """ids with one placeholder for each picture, and the pictures."""
     sizes, parts = PROMPTS[name]
     pictures = [oracle.picture(w, h, seed=0 if "same" in name else i) for i, (w, h) in enumerate(sizes)]
     rng = np.random.default_rng(seed)
@@ -47,7 +48,12 @@ def prompt(model_dir: Path, name: str, seed: int = 0) -> tuple[list[int], list[I
             ids += [tiny.VISION_START, tiny.IMAGE_PAD, tiny.VISION_END]
         else:
             ids += rng.integers(0, tiny.NUM_TEXT_TOKENS, int(part)).tolist()
-    return oracle.expand(model_dir, ids, pictures), pictures
+    return ids, pictures
+
+
+def judge(model_dir: Path, ids: list[int], pictures: list[Image.Image]) -> Tensor:
+    """transformers' log-probabilities [L, vocab] of the expanded prompt."""
+    return oracle.transformers_logprobs(model_dir, oracle.expand(model_dir, ids, pictures), pictures)
 
 
 def run(model: Any, model_dir: Path, name: str, chunk: int | None = None) -> Tensor:
@@ -60,9 +66,7 @@ def run(model: Any, model_dir: Path, name: str, chunk: int | None = None) -> Ten
 def difference(model: Any, model_dir: Path, name: str, chunk: int | None = None) -> float:
     """Largest distance of a log-probability from transformers'."""
     ids, pictures = prompt(model_dir, name)
-    return float(
-        (run(model, model_dir, name, chunk) - oracle.transformers_logprobs(model_dir, ids, pictures)).abs().max()
-    )
+    return float((run(model, model_dir, name, chunk) - judge(model_dir, ids, pictures)).abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def test_batched_with_strangers(model: Any, model_dir: Path) -> None:
     """Decode rows, chunks and whole prompts in one step; each gets what it gets alone."""
     harness = Harness(model)
     prompts = [prompt(model_dir, name, seed) for seed, name in enumerate(PROMPTS)]
-    expected = [oracle.transformers_logprobs(model_dir, ids, pictures) for ids, pictures in prompts]
+    expected = [judge(model_dir, ids, pictures) for ids, pictures in prompts]
     sequences = [harness.sequence(model_dir, ids, pictures) for ids, pictures in prompts]
     rng = np.random.default_rng(0)
     got: list[list[Tensor]] = [[] for _ in sequences]
@@ -109,14 +113,14 @@ def test_greedy_decoding(model: Any, model_dir: Path, name: str) -> None:
     ids, pictures = prompt(model_dir, name)
     harness = Harness(model)
     new = harness.greedy(harness.sequence(model_dir, ids, pictures), 12)
-    assert new == oracle.transformers_greedy(model_dir, ids, pictures, 12)
+    assert new == oracle.transformers_greedy(model_dir, oracle.expand(model_dir, ids, pictures), pictures, 12)
     assert len(set(new)) > 4, "the tiny model says the same all the time: its test proves little"
 
 
 def test_pictures_change_the_answer(model: Any, model_dir: Path) -> None:
     ids, pictures = prompt(model_dir, "one")
     other = [oracle.picture(100, 150, seed=9)]
-    first, second = (oracle.transformers_logprobs(model_dir, ids, p)[-1] for p in (pictures, other))
+    first, second = (judge(model_dir, ids, p)[-1] for p in (pictures, other))
     assert (first - second).abs().max() > 0.1
 
 
@@ -150,7 +154,7 @@ def test_bfloat16_is_near(model_dir: Path) -> None:
     model = load(model_dir, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     ids, pictures = prompt(model_dir, "one")
-    expected = oracle.transformers_logprobs(model_dir, ids, pictures)
+    expected = judge(model_dir, ids, pictures)
     error = (run(model, model_dir, "one") - expected).abs()
     assert error.mean() < 0.15
 
@@ -214,14 +218,10 @@ def _row_major_vision_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _bilinear(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = oracle.image_processor
+    def resize(self: Any, image: Image.Image, plan: Any) -> np.ndarray:
+        return np.asarray(image.resize((plan.width, plan.height), Image.Resampling.BILINEAR))
 
-    def image_processor(model_dir: Path) -> Any:
-        processor = original.__wrapped__(model_dir)
-        processor.resample = Image.Resampling.BILINEAR
-        return processor
-
-    monkeypatch.setattr(oracle, "image_processor", image_processor)
+    monkeypatch.setattr(Qwen2VLProcessor, "resize", resize)
 
 
 def _reversed_features(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,20 +234,22 @@ def _reversed_features(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _columns_before_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = oracle.positions
+    original = Qwen2VLProcessor.expand
 
-    def positions(*args: Any) -> tuple[np.ndarray, int]:
-        ids, delta = original(*args)
-        return ids[[0, 2, 1]], delta
+    def expand(*args: Any) -> Any:
+        prompt = original(*args)
+        return prompt._replace(positions=prompt.positions[[0, 2, 1]])
 
-    monkeypatch.setattr(oracle, "positions", positions)
+    monkeypatch.setattr(Qwen2VLProcessor, "expand", expand)
 
 
 def _flat_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def positions(model_dir: Path, ids: Any, pictures: Any) -> tuple[np.ndarray, int]:
-        return np.broadcast_to(np.arange(len(ids)), (3, len(ids))).copy(), 0
+    original = Qwen2VLProcessor.expand
 
-    monkeypatch.setattr(oracle, "positions", positions)
+    def expand(*args: Any) -> Any:
+        return original(*args)._replace(positions=None, position_delta=0)
+
+    monkeypatch.setattr(Qwen2VLProcessor, "expand", expand)
 
 
 def _one_group_for_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +294,6 @@ def test_settings_matter(model: Any, model_dir: Path, mutation: str) -> None:
 @pytest.mark.parametrize("mutation", CODE_MUTATIONS)
 def test_mistakes_show(model: Any, model_dir: Path, mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, pictures = prompt(model_dir, "three")
-    expected = oracle.transformers_logprobs(model_dir, ids, pictures)
+    expected = judge(model_dir, ids, pictures)
     CODE_MUTATIONS[mutation](monkeypatch)
     assert (run(model, model_dir, "three") - expected).abs().max() > 5 * TOLERANCE

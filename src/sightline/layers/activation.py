@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x): the sigmoid form of gelu (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
-    return torch.sigmoid(x * 1.702).mul_(x)
+    return (x * 1.702).sigmoid_().mul_(x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """
     if x.dtype is not torch.float32:
         return apply_rotary(x.float(), rotary).to(x.dtype)
-    return torch.addcmul(x * rotary.cos, x.roll(x.shape[-1] // 2, -1), rotary.sin)
+    return x.roll(x.shape[-1] // 2, -1).mul_(rotary.sin).addcmul_(x, rotary.cos)
 
 
 class RotaryEmbedding(nn.Module):

@@ -76,14 +76,14 @@ def reference_probs(
 def drawn_probs(sampler: Sampler, logits: torch.Tensor, state: SamplingState, monkeypatch: Any) -> list[float]:
     """The distribution that the sampler itself draws from, caught on its way into the cumulative sum."""
     caught: list[torch.Tensor] = []
-    softmax = torch.softmax
+    searchsorted = torch.searchsorted
 
-    def catch(x: torch.Tensor, dim: int) -> torch.Tensor:
-        caught.append(softmax(x, dim=dim))
-        return caught[-1]
+    def catch(cumulative: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        caught.append(cumulative.diff(prepend=torch.zeros(1, 1, dtype=torch.float64)) / cumulative[:, -1:])
+        return searchsorted(cumulative, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampler_module.torch, "softmax", catch)
+        patch.setattr(sampler_module.torch, "searchsorted", catch)
         token = sampler.sample(logits.clone(), [state]).token_ids[0]
     if not caught:
         return [float(i == token) for i in range(logits.shape[1])]
@@ -311,25 +311,6 @@ def test_top_k_of_one_is_greedy_even_among_equals():
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 2.0, 2.0, 0.0, 0.0]])
     states = [state_of(sampler, prompt=np.asarray([1]), top_k=1) for _ in range(40)]
     assert set(sampler.sample(logits.repeat(40, 1), states).token_ids) == {int(logits.argmax())}
-
-
-def test_top_p_beyond_the_candidate_list(monkeypatch: pytest.MonkeyPatch):
-    """A flat row needs more candidates than are looked at first; a peaked row beside it does not."""
-    monkeypatch.setattr(sampler_module, "_CANDIDATES", 4)
-    sampler = make()
-    for params in (SamplingParams(top_p=0.9), SamplingParams(top_p=0.9, top_k=30), SamplingParams(top_p=0.9, top_k=2)):
-        for scale in (0.1, 5.0):
-            logits = random_logits(1, scale=scale)
-            probs = drawn_probs(sampler, logits, sampler.new_state(params, PROMPT, EOS, 0), monkeypatch)
-            assert probs == pytest.approx(reference_probs(logits[0].tolist(), params, []), abs=1e-5)
-    rows = torch.cat([random_logits(1, scale=s) for s in (0.1, 5.0, 0.1)])
-    settings = torch.tensor([[1.0, 0, p, 0.0, 0.0] for p in (0.9, 0.9, 0.4)], dtype=torch.float64)
-    states = [state_of(sampler, top_p=p) for p in (0.9, 0.9, 0.4)]
-    shifted = rows - rows.amax(-1, keepdim=True)
-    sampler_module._filter(shifted, settings, states)
-    for row, params, result in zip(rows.tolist(), [s.params for s in states], shifted, strict=True):
-        expected = reference_probs(row, params, [])
-        assert [v > -math.inf for v in result.tolist()] == [p > 0 for p in expected]
 
 
 def test_filters_of_different_rows_do_not_touch_each_other():

@@ -39,7 +39,9 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = setting("", "Folder or hub name of the model; the bundled sightline-tiny when none is given.", "model-path")
+    model: str = setting(
+        "", "Folder or hub name of the model; the bundled sightline-tiny when none is given.", "model-path"
+    )
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
     download_dir: str | None = setting(None, "Where hub models are kept; the hub's own cache by default.")
     load_format: Literal["auto", "safetensors", "dummy"] = setting(
@@ -48,7 +50,9 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Type of weights and activations; auto is bfloat16 on a GPU and float32 on a CPU."
     )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where the model runs; auto takes the GPU if there is one.")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Where the model runs; auto takes the GPU if there is one."
+    )
     context_length: int | None = setting(
         None, "Longest prompt plus answer in tokens; the model's own, or what fits, by default.", "max-model-len", ge=32
     )
@@ -82,12 +86,15 @@ class ServerConfig(EngineConfig):
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     served_model_name: str | None = setting(None, "Name of the model in the API; as given, by default.")
     chat_template: str | None = setting(
-        None, "Name of a built-in template, a .jinja file, or a .json file in SGLang's form; the checkpoint's by default."
+        None,
+        "Name of a built-in template, a .jinja file, or a .json file in SGLang's form; the checkpoint's by default.",
     )
     api_key: tuple[str, ...] = setting((), "Key that clients must send; may be given several times.")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe lines of the log.")
     log_format: Literal["text", "json"] = setting("text", "`json` writes one object a line.")
-    allowed_media_domains: tuple[str, ...] = setting((), "Hosts that pictures may come from; any public one by default.")
+    allowed_media_domains: tuple[str, ...] = setting(
+        (), "Hosts that pictures may come from; any public one by default."
+    )
     allowed_local_media_path: str | None = setting(None, "Folder from which file: URLs of pictures may be read.")
     allow_private_media: bool = setting(False, "Fetch pictures from private and loopback addresses too.")
     max_images_per_request: int = setting(16, "Pictures in one request.", ge=0)
@@ -125,7 +132,9 @@ def declared(cls: type[BaseModel]) -> list[tuple[str, tuple[str, ...], str, str,
     """(field, flag spellings, type, help, default) of every setting, in order: the rows of docs/configuration.md."""
     rows = []
     for name, field in cls.model_fields.items():
-        rows.append((name, _spellings(name, field), _type_name(field.annotation), field.description or "", field.default))
+        rows.append(
+            (name, _spellings(name, field), _type_name(field.annotation), field.description or "", field.default)
+        )
     return rows
 
 
@@ -212,6 +221,7 @@ def _read_file(cls: type[BaseModel], path: Path, parser: argparse.ArgumentParser
 
 
 def dump_public(config: ServerConfig) -> dict[str, Any]:
-    """The configuration without secrets, for /server_info and the log."""
-    values = json.loads(config.model_dump_json(exclude={"api_key"}))
-    return {**values, "api_key": f"{len(config.api_key)} keys" if config.api_key else None}
+    """The configuration without keys and without this machine's paths, for /server_info."""
+    paths = {"model", "download_dir", "chat_template", "allowed_local_media_path"}
+    values: dict[str, Any] = json.loads(config.model_dump_json(exclude={"api_key", *paths}))
+    return {**values, "num_api_keys": len(config.api_key)}

@@ -17,10 +17,10 @@ import sys
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -90,7 +90,7 @@ class AsyncEngine:
             else _ProcessTransport(config, model_dir, self._run_dir, log_level, log_format)
         )
         self._serial = itertools.count()
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Answer] = {}
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._on_progress: Callable[[LoadProgress], None] = lambda progress: None
@@ -127,7 +127,7 @@ class AsyncEngine:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    async def generate(
+    async def submit(
         self,
         prompt: Prompt,
         sampling: SamplingParams,
@@ -135,17 +135,17 @@ class AsyncEngine:
         pipeline: PromptPipeline,
         request_id: str,
         cache_salt: bytes = b"",
-    ) -> AsyncIterator[OutputDelta]:
-        """Deltas of all choices as they come. Closing the iterator aborts the request.
+    ) -> Answer:
+        """Decode what the engine does not know, send the request, and return its answer-to-be, to be closed by the caller.
 
-        Raises `ImageError` for a picture that does not decode, before anything is sent; `EngineError` when the request
-        fails in the engine; `EngineDeadError` when the engine is gone.
+        Raises `ImageError` for a picture that does not decode, before anything is sent, and `EngineDeadError`.
         """
         self._check_alive()
         pixels = await self._decode(pipeline, [p for d, p in prompt.pictures.items() if d not in self._known])
         self._check_alive()
-        flight = self._flights[request_id] = _Flight(prompt, pipeline)
-        decoder = RequestDecoder(pipeline.tokenizer, sampling)
+        assert request_id not in self._flights
+        answer = Answer(self, prompt, sampling, pipeline, request_id)
+        self._flights[request_id] = answer
         self._transport.send(
             EngineRequest(
                 request_id=request_id,
@@ -160,20 +160,11 @@ class AsyncEngine:
         )
         for digest in prompt.pictures:
             self._remember(digest)
-        try:
-            while not decoder.done:
-                event = await flight.events.get()
-                if isinstance(event, Exception):
-                    raise event
-                delta = decoder.push(event)
-                for index in decoder.take_aborts():
-                    self._transport.send(Abort(request_id, index))
-                if delta is not None:
-                    yield delta
-        finally:
-            del self._flights[request_id]
-            if not decoder.done:
-                self._transport.send(Abort(request_id))
+        return answer
+
+    def _abort(self, request_id: str, index: int | None = None) -> None:
+        if not self._closing:
+            self._transport.send(Abort(request_id, index))
 
     async def _decode(self, pipeline: PromptPipeline, pictures: list[Picture]) -> dict[bytes, np.ndarray]:
         arrays = await asyncio.gather(*(pipeline.decode(p) for p in pictures))
@@ -241,13 +232,46 @@ class AsyncEngine:
             raise EngineDeadError("the engine is not running")
 
 
-class _Flight:
-    """A request in flight: its prompt, kept for its pictures, and the events that nobody has read yet."""
+class Answer:
+    """A request in flight: iterate it for its deltas, and close it in any case; closing an unfinished one aborts it.
 
-    def __init__(self, prompt: Prompt, pipeline: PromptPipeline) -> None:
+    Iteration raises `EngineError` when the request fails in the engine and `EngineDeadError` when the engine is gone.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, prompt: Prompt, sampling: SamplingParams, pipeline: PromptPipeline, request_id: str
+    ) -> None:
         self.prompt = prompt
         self.pipeline = pipeline
         self.events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+        self._engine = engine
+        self._request_id = request_id
+        self._decoder = RequestDecoder(pipeline.tokenizer, sampling)
+        self._closed = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> OutputDelta:
+        while not self._decoder.done:
+            event = await self.events.get()
+            if isinstance(event, Exception):
+                raise event
+            delta = self._decoder.push(event)
+            for index in self._decoder.take_aborts():
+                self._engine._abort(self._request_id, index)
+            if delta is not None:
+                return delta
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Forget the request, and abort it if it still runs. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        del self._engine._flights[self._request_id]
+        if not self._decoder.done:
+            self._engine._abort(self._request_id)
 
 
 def _startup_error(fatal: Fatal) -> StartupError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sightline.cache.vision_cache import VisionCache
 from sightline.config import EngineConfig
 from sightline.engine.core import EngineCore
 from sightline.engine.memory import PAGE_SIZE, module_bytes, plan_memory
-from sightline.engine.runner import ModelRunner
+from sightline.engine.runner import ModelRunner, has_cross_attention
 from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import Scheduler, SchedulerConfig
 from sightline.errors import DeviceError
@@ -86,13 +87,7 @@ def build_core(
         eos_token_ids=eos,
     )
     scheduler = Scheduler(
-        SchedulerConfig(
-            page_size=PAGE_SIZE,
-            max_step_tokens=max_step,
-            max_running=plan.max_running_requests,
-            max_encode_tokens=max_step,
-            image_token_bytes=model.config.hidden_size * dtype.itemsize,
-        ),
+        _scheduler_config(model, plan, max_step, dtype),
         pool,
         None if config.disable_radix_cache else RadixCache(pool, PAGE_SIZE),
         vision_cache,
@@ -107,6 +102,24 @@ def build_core(
     on_progress(LoadProgress("warm-up"))
     _warm_up(core)
     return core, plan
+
+
+def _scheduler_config(model: Any, plan: MemoryPlan, max_step: int, dtype: torch.dtype) -> SchedulerConfig:
+    config = SchedulerConfig(
+        page_size=PAGE_SIZE,
+        max_step_tokens=max_step,
+        max_running=plan.max_running_requests,
+        max_encode_tokens=max_step,
+        image_token_bytes=model.config.hidden_size * dtype.itemsize,
+    )
+    if not has_cross_attention(model):
+        return config
+    return replace(
+        config,
+        image_token_bytes=model.feature_width * dtype.itemsize,
+        num_features=lambda image: model.num_features(image.grid),
+        cross_attention=True,
+    )
 
 
 def _warm_up(core: EngineCore) -> None:

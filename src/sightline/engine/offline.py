@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, closing
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -152,19 +153,21 @@ class Engine:
             num_prompt_tokens=len(prompt.input_ids),
             num_image_tokens=prompt.num_image_tokens,
         )
-        async for delta in self._deltas(prompt, sampling, output.request_id):
-            output.append(delta)
+        async with aclosing(self._deltas(prompt, sampling, output.request_id)) as deltas:
+            async for delta in deltas:
+                output.append(delta)
         return output
 
     def _chat_prompt(self, messages: Any) -> Coroutine[Any, Any, Prompt]:
         return self.pipeline.chat(list(messages))
 
-    async def _deltas(self, prompt: Prompt, sampling: SamplingParams, request_id: str) -> AsyncIterator[OutputDelta]:
+    async def _deltas(self, prompt: Prompt, sampling: SamplingParams, request_id: str) -> AsyncGenerator[OutputDelta]:
         assert self._engine is not None
         sampling.validate(self.pipeline.tokenizer.vocab_size)
-        stream = self._engine.generate(prompt, sampling, pipeline=self.pipeline, request_id=request_id)
-        async for delta in stream:
-            yield delta
+        answer = await self._engine.submit(prompt, sampling, pipeline=self.pipeline, request_id=request_id)
+        with closing(answer):
+            async for delta in answer:
+                yield delta
 
     # -- streams -------------------------------------------------------------------------------------------------------
 
@@ -174,8 +177,9 @@ class Engine:
 
         async def pump() -> None:
             try:
-                async for delta in self._stream(messages, sampling):
-                    queue.put(delta)
+                async with aclosing(self._stream(messages, sampling)) as deltas:
+                    async for delta in deltas:
+                        queue.put(delta)
                 queue.put(None)
             except BaseException as error:
                 queue.put(error)
@@ -205,8 +209,10 @@ class Engine:
 
     async def _stream(self, messages: Messages, sampling: SamplingParams | None) -> AsyncGenerator[OutputDelta]:
         prompt = await self._chat_prompt(messages)
-        async for delta in self._deltas(prompt, sampling or SamplingParams(), f"offline-{next(self._ids)}"):
-            yield delta
+        request_id = f"offline-{next(self._ids)}"
+        async with aclosing(self._deltas(prompt, sampling or SamplingParams(), request_id)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     # -- plumbing ------------------------------------------------------------------------------------------------------
 

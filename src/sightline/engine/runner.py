@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
+from sightline.attention.cross import CrossAttentionBatch, PictureGroup
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import Sampled
+from sightline.engine.pictures import views
 from sightline.engine.sampler import Sampler, SamplingState
 from sightline.engine.scheduler import ScheduledRow
 from sightline.types import ImageRef, SamplingParams
@@ -38,17 +40,19 @@ class ModelRunner:
         self.sampler = sampler
         self.device = device
         self.eos_token_ids = tuple(eos_token_ids)
+        self.cross_attention = has_cross_attention(model)
 
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> SamplingState:
         return self.sampler.new_state(sampling, prompt_ids, self.eos_token_ids, index)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
-        """pixels: uint8 [H, W, 3] each. Returns one [num_tokens, hidden] tensor for each picture."""
+        """pixels: uint8, as the family's processor makes them. Returns the features of each picture: [num_tokens, hidden], or
+        what cross-attention reads."""
         on_device = [torch.from_numpy(p).to(self.device, non_blocking=True) for p in pixels]
         features = self.model.encode_images(on_device, [image.grid for image in images])
         for image, rows in zip(images, features, strict=True):
-            if rows.shape[0] != image.num_tokens:
+            if not self.cross_attention and rows.shape[0] != image.num_tokens:
                 raise ValueError(f"the encoder made {rows.shape[0]} rows for {image.num_tokens} placeholders")
         return [rows.contiguous() for rows in features]
 
@@ -59,10 +63,11 @@ class ModelRunner:
             np.concatenate([r.request.ids(r.start, r.start + r.q_len) for r in rows]), torch.int64
         )
         positions = self._to_device(np.concatenate([_positions(r) for r in rows], axis=1), torch.int64)
-        image_rows, features = self._image_rows(rows)
+        image_rows, features = (None, None) if self.cross_attention else self._image_rows(rows)
         batch = self._attention_batch(rows, num_decode)
         self.backend.prepare(batch)
-        ctx = ForwardContext(self.backend, self.cache, batch)
+        cross = self._cross_attention_batch(rows) if self.cross_attention else None
+        ctx = ForwardContext(self.backend, self.cache, batch, cross)
         hidden = self.model.embed(input_ids, image_rows, features)
         hidden = self.model.forward(hidden, positions if self.model.uses_mrope else positions[0], ctx)
         sampling = [
@@ -94,6 +99,25 @@ class ModelRunner:
             return None, None
         return self._to_device(np.concatenate(where), torch.int64), torch.cat(features)
 
+    def _cross_attention_batch(self, rows: Sequence[ScheduledRow]) -> CrossAttentionBatch | None:
+        """Which packed rows see which pictures; rows of several requests that see the same ones share a group."""
+        seeing: dict[tuple[bytes, ...], list[np.ndarray]] = {}
+        base = 0
+        for row in rows:
+            for view in views(row.request.images, row.start, row.start + row.q_len):
+                where = np.arange(view.start, view.end) - row.start + base
+                seeing.setdefault(tuple(image.digest for image in view.images), []).append(where)
+            base += row.q_len
+        if not seeing:
+            return None
+        index = np.concatenate([part for parts in seeing.values() for part in parts])
+        groups = [
+            PictureGroup(sum(map(len, parts)), tuple(self.vision_cache.get(digest) for digest in digests))
+            for digests, parts in seeing.items()
+        ]
+        in_order = len(index) == base and bool((index == np.arange(base)).all())
+        return CrossAttentionBatch(None if in_order else self._to_device(index, torch.int64), groups)
+
     def _attention_batch(self, rows: Sequence[ScheduledRow], num_decode: int) -> AttentionBatch:
         size = self.cache.page_size
         q_lens = [r.q_len for r in rows]
@@ -121,6 +145,11 @@ class ModelRunner:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
+
+
+def has_cross_attention(model: nn.Module) -> bool:
+    """Whether pictures stand beside the text, see `sightline.models`."""
+    return bool(getattr(model, "cross_attention", False))
 
 
 def _positions(row: ScheduledRow) -> np.ndarray:

@@ -9,12 +9,15 @@ retracted: it gives its pages back, keeps its tokens, and prefills them again la
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from sightline.cache.page_pool import PagePool
 from sightline.cache.radix import RadixCache, page_keys
 from sightline.cache.vision_cache import VisionCache
+from sightline.engine.pictures import beside_text, in_text
 from sightline.engine.request import Request
 from sightline.types import FinishReason, ImageRef
 
@@ -42,9 +45,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """max_step_tokens: rows of one step. max_encode_tokens: picture tokens encoded in one step (one picture always may).
+    """max_step_tokens: rows of one step. max_encode_tokens: features encoded in one step (one picture always may).
 
-    image_token_bytes: bytes of one picture token's features, for the vision cache's budget.
+    image_token_bytes: bytes of one feature, for the vision cache's budget. num_features: how many a picture has; one for
+    each placeholder unless said otherwise. cross_attention: pictures stand beside the text, see `engine.pictures`.
     """
 
     page_size: int
@@ -52,6 +56,8 @@ class SchedulerConfig:
     max_running: int
     max_encode_tokens: int
     image_token_bytes: int
+    num_features: Callable[[ImageRef], int] = attrgetter("num_tokens")
+    cross_attention: bool = False
 
 
 class Scheduler:
@@ -70,6 +76,7 @@ class Scheduler:
         self.pixel_requests: list[tuple[Request, list[bytes]]] = []
         self.num_retractions = 0
         self._wanted: Counter[bytes] = Counter()
+        self._needs = beside_text if config.cross_attention else in_text
 
     @property
     def idle(self) -> bool:
@@ -227,7 +234,8 @@ class Scheduler:
         cached = self._num_cached_pages(request) * self.config.page_size if self.radix is not None else 0
         return [
             image.digest
-            for image in request.images_in(cached, request.num_tokens)
+            for group in self._needs(request.images, cached, request.num_tokens)
+            for image in group
             if image.digest not in self.pixels and not self.vision_cache.contains(image.digest)
         ]
 
@@ -265,9 +273,9 @@ class Scheduler:
         """Append the next chunk of a prefill, cut where a picture cannot be encoded yet; returns its tokens."""
         start = request.num_computed
         end = start + min(budget, request.remaining)
-        for image in request.images_in(start, end):
-            if not self._hold_features(batch, request, image):
-                end = max(start, image.offset)
+        for group in self._needs(request.images, start, end):
+            if not self._hold_features(batch, request, group):
+                end = max(start, group[0].offset)
                 break
         q_len = end - start
         if q_len == 0:
@@ -276,24 +284,42 @@ class Scheduler:
         batch.num_new_tokens += q_len
         return q_len
 
-    def _hold_features(self, batch: Batch, request: Request, image: ImageRef) -> bool:
-        """Pin a picture's features for this request, planning its encoding if nobody has; False: not in this step."""
-        digest = image.digest
-        if digest in request.pinned:
+    def _hold_features(self, batch: Batch, request: Request, group: Sequence[ImageRef]) -> bool:
+        """Pin the features of pictures for this request, planning the encoding of those that nobody has.
+
+        All or nothing: False when not all can be had in this step.
+        """
+        wanted = {image.digest: image for image in group if image.digest not in request.pinned}
+        if not wanted:
             return True
-        if not self.vision_cache.contains(digest):
-            if digest not in self.pixels:
-                self._ask_pixels(request, [digest])
-                return False
-            planned = sum(i.num_tokens for i in batch.encode)
-            if planned and planned + image.num_tokens > self.config.max_encode_tokens:
-                return False
-            if not self.vision_cache.reserve(digest, image.num_tokens * self.config.image_token_bytes):
-                return False
-            batch.encode.append(image)
-        self.vision_cache.pin(digest)
-        request.pinned.add(digest)
+        absent = [image for digest, image in wanted.items() if not self.vision_cache.contains(digest)]
+        if absent and not self._can_encode(batch, request, absent, wanted):
+            return False
+        for digest in wanted:
+            if self.vision_cache.contains(digest):
+                self.vision_cache.pin(digest)
+        for image in absent:
+            reserved = self.vision_cache.reserve(image.digest, self._feature_bytes(image), wanted)
+            assert reserved, "room for a picture that was there is gone"
+            self.vision_cache.pin(image.digest)
+        batch.encode += absent
+        request.pinned.update(wanted)
         return True
+
+    def _can_encode(self, batch: Batch, request: Request, absent: Sequence[ImageRef], group: Collection[bytes]) -> bool:
+        """Whether pixels, this step's encoder budget and the vision cache allow to encode `absent`."""
+        missing = [image.digest for image in absent if image.digest not in self.pixels]
+        if missing:
+            self._ask_pixels(request, missing)
+            return False
+        num_features = self.config.num_features
+        planned = sum(map(num_features, batch.encode))
+        if planned and planned + sum(map(num_features, absent)) > self.config.max_encode_tokens:
+            return False
+        return self.vision_cache.can_fit(sum(map(self._feature_bytes, absent)), group)
+
+    def _feature_bytes(self, image: ImageRef) -> int:
+        return self.config.num_features(image) * self.config.image_token_bytes
 
     def advance(self, row: ScheduledRow) -> None:
         """Account for a computed row: drop pins of pictures that are behind, share full pages after prefill."""
@@ -302,7 +328,8 @@ class Scheduler:
         request.num_computed = row.start + row.q_len
         if request.pinned:
             # Not the pictures further ahead: a prompt A B A must let go of A, or B may never find room.
-            keep = {i.digest for i in request.images_in(request.num_computed, request.num_computed + 1)}
+            groups = self._needs(request.images, request.num_computed, request.num_computed + 1)
+            keep = {image.digest for group in groups for image in group}
             for digest in request.pinned - keep:
                 self.vision_cache.unpin(digest)
             request.pinned &= keep

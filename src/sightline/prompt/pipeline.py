@@ -211,6 +211,7 @@ class PromptPipeline:
         return plain, sources
 
     def _part(self, part: Any, param: str, limits: PixelLimits, sources: list[_Source]) -> dict[str, Any]:
+        value: Any
         if isinstance(part, str):
             return {"type": "text", "text": part}
         if not isinstance(part, Mapping):

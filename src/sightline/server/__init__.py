@@ -1,0 +1,1 @@
+"""HTTP: routes, wire types, probes. This process imports no torch."""

@@ -1,0 +1,248 @@
+"""The wire format of OpenAI's chat completions: what is read, what is refused, what is sent.
+
+A field that would change the answer is honoured or refused with a 400 that names it; harmless ones are accepted, and unknown
+ones are logged once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sightline.errors import RequestError
+from sightline.types import SamplingParams
+
+logger = logging.getLogger("sightline.server")
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+# Accepted without effect on the answer: bookkeeping of OpenAI's platform.
+_HARMLESS = frozenset(
+    """user safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention metadata service_tier store
+    reasoning_effort verbosity parallel_tool_calls prediction web_search_options moderation request_id rid priority
+    session_id""".split()
+)
+# Would change the answer and is not implemented: refused unless empty. Values that mean "off" are listed.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "regex": (),
+    "ebnf": (),
+    "json_schema": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "echo": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "chat_template": (),
+    "logits_processors": (),
+    "custom_logit_processor": (),
+    "lora_path": (),
+    "media_io_kwargs": ({},),
+    "cache_salt": (),
+}
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`; only text is served."""
+
+    type: str
+
+
+class PixelBounds(BaseModel):
+    """`mm_processor_kwargs`: bounds on each picture's pixels, within the checkpoint's own."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+
+
+class ChatCompletionRequest(BaseModel):
+    """Body of POST /v1/chat/completions. Ranges of sampling values are checked by `SamplingParams.validate`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    messages: list[dict[str, Any]]
+    model: str | None = None
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: PixelBounds | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+
+    @classmethod
+    def parse(cls, body: bytes) -> ChatCompletionRequest:
+        """Raises `RequestError` naming the field."""
+        try:
+            request = cls.model_validate_json(body)
+        except ValidationError as error:
+            raise _request_error(error) from error
+        request._check()
+        return request
+
+    def _check(self) -> None:
+        for name, off in _REFUSED.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in off:
+                raise RequestError(f"{name} is not supported by this server yet; leave it out.", param=name)
+        for name in set(self.model_extra or {}) - _HARMLESS - _REFUSED.keys():
+            _log_once(name)
+        if self.response_format is not None and self.response_format.type != "text":
+            raise RequestError(
+                f"response_format of type {self.response_format.type[:40]!r} is not supported by this server yet; use text.",
+                param="response_format",
+            )
+        if self.modalities and self.modalities != ["text"]:
+            raise RequestError("modalities: this server answers with text only.", param="modalities")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed when stream is true.", param="stream_options")
+        if isinstance(self.stop, list) and len(self.stop) > 16:
+            raise RequestError("stop may hold at most 16 strings.", param="stop")
+        if not self.messages:
+            raise RequestError("messages must hold at least one message.", param="messages", code="empty_array")
+        for i, message in enumerate(self.messages):
+            _check_message(message, f"messages[{i}]")
+
+    def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+        """Sampling parameters; fields left out come from `defaults` (the model's own), then OpenAI's. Validated."""
+        given = {
+            "max_tokens": self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens,
+            "min_tokens": self.min_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "include_stop_str_in_output": self.include_stop_str_in_output or self.no_stop_trim,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": _logit_bias(self.logit_bias or {}),
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": self.skip_special_tokens,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "n": self.n,
+        }
+        params = SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+        try:
+            params.validate(vocab_size)
+        except RequestError as error:
+            if error.param == "max_tokens" and self.max_completion_tokens is not None:
+                error.param = "max_completion_tokens"
+            if error.param == "logprobs":
+                error.param = "top_logprobs"
+            raise
+        return params
+
+
+def _check_message(message: Mapping[str, Any], param: str) -> None:
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(
+            f"{param}.role must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}.", param=f"{param}.role"
+        )
+    if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function"):
+        raise RequestError("Tools are not supported by this server yet; send their results as text.", param=param)
+    content = message.get("content")
+    if content is None:
+        if role == "assistant":
+            return
+        raise RequestError(f"{param}.content is missing.", param=f"{param}.content")
+    if isinstance(content, str):
+        if not content and role == "user":
+            raise RequestError(f"{param}.content is empty.", param=f"{param}.content")
+        return
+    if not isinstance(content, list) or not content:
+        raise RequestError(f"{param}.content must be a string or a non-empty list of parts.", param=f"{param}.content")
+    for j, part in enumerate(content):
+        where = f"{param}.content[{j}]"
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise RequestError(f"{where} must be an object with a type.", param=where)
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}.text must be a string.", param=f"{where}.text")
+
+
+def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
+    try:
+        return {int(k): float(v) for k, v in bias.items()}
+    except ValueError as error:
+        raise RequestError("logit_bias is keyed by token ids.", param="logit_bias") from error
+
+
+def _request_error(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return RequestError("The body is not valid JSON.", code="invalid_json")
+    # Branches of a union appear in the location by their type's name; they are no part of the field's path.
+    names = [p for p in first["loc"] if isinstance(p, int) or p in ChatCompletionRequest.model_fields or p in _NESTED]
+    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in names).lstrip(".")
+    if not param:
+        return RequestError("The body must be a JSON object.", code="invalid_json")
+    if first["type"] == "missing":
+        return RequestError(f"{param} is missing.", param=param, code="missing_required_parameter")
+    return RequestError(f"{param}: {first['msg'].lower()}.", param=param, code="invalid_type")
+
+
+_NESTED = frozenset((*StreamOptions.model_fields, *ResponseFormat.model_fields, *PixelBounds.model_fields))
+_logged: set[str] = set()
+
+
+def _log_once(name: str) -> None:
+    if len(_logged) < 100 and name not in _logged:
+        _logged.add(name)
+        logger.info("a request has the unknown field %r; it is ignored (said once)", name[:80])

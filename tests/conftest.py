@@ -10,8 +10,9 @@ import pytest
 
 from tests import servers
 
-# Before anything imports torch or huggingface_hub: few threads, no network, also in child processes.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before anything imports torch or huggingface_hub, also in child processes: no network, and one thread, because the models
+# of tests are so small that threads of one operation mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [n for n in os.environ if n.startswith("SIGHTLINE_")]:

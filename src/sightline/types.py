@@ -60,11 +60,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                     f"{param} must be {rule}, not {getattr(self, param)!r}.", param=param, code="invalid_value"
                 )
 
-        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
-        require(self.min_tokens >= 0, "min_tokens", "at least 0")
+        require(self.max_tokens is None or 1 <= self.max_tokens < 2**31, "max_tokens", "at least 1 and below 2**31")
+        require(0 <= self.min_tokens < 2**31, "min_tokens", "at least 0 and below 2**31")
         require(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2")
         require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
-        require(self.top_k >= -1, "top_k", "-1 or 0 (off) or a positive count")
+        require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off) or a positive count")
         require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
         require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
@@ -73,11 +73,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
         require(1 <= self.n <= 8, "n", "between 1 and 8")
         require(all(self.stop), "stop", "made of non-empty strings")
-        require(all(-100.0 <= v <= 100.0 for v in self.logit_bias.values()), "logit_bias", "made of values in [-100, 100]")
+        require(
+            all(-100.0 <= v <= 100.0 for v in self.logit_bias.values()), "logit_bias", "made of values in [-100, 100]"
+        )
         if vocab_size is not None:
             require(all(0 <= t < vocab_size for t in self.logit_bias), "logit_bias", f"keyed by ids below {vocab_size}")
             require(
-                all(0 <= t < vocab_size for t in self.stop_token_ids), "stop_token_ids", f"made of ids below {vocab_size}"
+                all(0 <= t < vocab_size for t in self.stop_token_ids),
+                "stop_token_ids",
+                f"made of ids below {vocab_size}",
             )
 
 

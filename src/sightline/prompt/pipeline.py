@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sightline.errors import ContextLengthError, ImageError, RequestError
+from sightline.errors import ContextLengthError, ImageError, ModelNotFoundError, RequestError
 from sightline.prompt import media
 from sightline.prompt.chat_template import ChatTemplate, Rendered, Shield, load_source
 from sightline.prompt.media import DecodeBudget, MediaLimits, MediaLoader
@@ -85,7 +85,10 @@ class PromptPipeline:
         secret: bytes | None = None,
     ) -> None:
         config = read_json(model_dir / "config.json")
-        family = FAMILIES[config["architectures"][0]]
+        architecture = (config.get("architectures") or [None])[0]
+        if architecture not in FAMILIES:
+            raise ModelNotFoundError(f"The architecture {architecture} is not supported.")
+        family = FAMILIES[architecture]
         self.limits = limits
         self.context_length = context_length
         self.tokenizer = Tokenizer(model_dir)

@@ -34,12 +34,18 @@ def create_app(lifecycle: Lifecycle) -> ASGIApp:
     for kind in (RequestError, OverloadedError, EngineError):
         app.add_exception_handler(kind, _on_known_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unknown_error)
     return Edge(app, lifecycle)
 
 
 async def _on_known_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, EngineError):
         logger.error("a request failed in the engine: %s", error)
+    return error_response(error)
+
+
+async def _on_unknown_error(request: Request, error: Exception) -> JSONResponse:
+    # The edge logs it: starlette raises it again after this answer.
     return error_response(error)
 
 
@@ -93,7 +99,7 @@ class Edge:
             if not isinstance(error, RequestError | OverloadedError):
                 logger.exception("request %s failed", request_id)
             if response_started:
-                raise
+                return
             await error_response(error)(scope, receive, send_with_headers)
 
     def _authorize(self, header: bytes) -> None:

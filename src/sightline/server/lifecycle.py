@@ -93,12 +93,10 @@ class Lifecycle:
             self._engine = AsyncEngine(
                 config.engine_config(), model_dir, log_level=config.log_level, log_format=config.log_format
             )
-            starting = asyncio.ensure_future(self._engine.start(self._report))
-            try:
-                self._pipeline = await asyncio.to_thread(self._make_pipeline, model_dir)
-                ready = await starting
-            finally:
-                starting.cancel()
+            # The tokenizer loads while the engine does.
+            self._pipeline, ready = await asyncio.gather(
+                asyncio.to_thread(self._make_pipeline, model_dir), self._engine.start(self._report)
+            )
             self._pipeline.context_length = ready.plan.context_length
             self.plan = ready.plan
             self.sampling_defaults = sampling_defaults(model_dir)

@@ -1,0 +1,191 @@
+"""Start, keys, drain, death: what a supervisor and a terminal see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests import tiny
+from tests.server.conftest import ask
+from tests.servers import ServerProcess
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sightline", "serve", *args], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_listens_before_it_is_ready() -> None:
+    with ServerProcess([str(tiny.qwen2_vl())]) as server:
+        server.wait_for("/livez", timeout=10)
+        ready = requests.get(f"{server.base_url}/readyz", timeout=5)
+        assert ready.status_code == 503
+        assert int(ready.headers["retry-after"]) >= 1
+        assert ready.json()["error"]["code"] == "server_starting"
+        startup = requests.get(f"{server.base_url}/startupz", timeout=5).json()
+        assert startup["state"] == "loading"
+        assert startup["elapsed_seconds"] >= 0
+        early = requests.post(f"{server.base_url}/v1/chat/completions", json={"messages": ask("x")}, timeout=5)
+        assert early.status_code == 503
+        assert requests.get(f"{server.base_url}/v1/models", timeout=5).status_code == 503
+        server.wait_ready()
+        assert requests.get(f"{server.base_url}/health", timeout=5).status_code == 200
+        assert requests.get(f"{server.base_url}/health_generate", timeout=5).status_code == 200
+        assert requests.get(f"{server.base_url}/startupz", timeout=5).json()["state"] == "ready"
+        log = server.log()
+        for phase in ("imports", "weights", "warm-up"):
+            assert f"loading: {phase}" in log
+        assert "pages of 16 tokens" in log
+        assert server.terminate() == 0
+
+
+def test_sglangs_command_line_is_the_same_server() -> None:
+    with ServerProcess(
+        ["--model-path", str(tiny.qwen2_vl()), "--chat-template=qwen2-vl"], module=("sightline.launch_server",)
+    ) as server:
+        server.wait_ready()
+        body = {"messages": ask("hello"), "max_tokens": 2}
+        assert requests.post(f"{server.base_url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+
+
+def test_sigterm_lets_a_stream_finish_and_refuses_new_requests() -> None:
+    with ServerProcess([str(tiny.qwen2_vl())]) as server:
+        server.wait_ready()
+        url = f"{server.base_url}/v1/chat/completions"
+        lines: list[str] = []
+        started = threading.Event()
+
+        def read() -> None:
+            body = {"messages": ask("tell me"), "max_tokens": 300, "ignore_eos": True, "stream": True}
+            with requests.post(url, json=body, stream=True, timeout=60) as response:
+                for line in response.iter_lines(decode_unicode=True):
+                    lines.append(line)
+                    started.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert started.wait(30)
+        os.kill(server.pid, signal.SIGTERM)
+        server.wait_for("/readyz", 503, timeout=5)
+        refused = requests.post(url, json={"messages": ask("new"), "max_tokens": 1}, timeout=5)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "server_draining"
+        reader.join(60)
+        assert "data: [DONE]" in lines
+        assert '"finish_reason":"length"' in "".join(lines)
+        assert server.wait_exit() == 0
+
+
+def test_keys_guard_everything_but_the_probes() -> None:
+    with ServerProcess([str(tiny.qwen2_vl()), "--api-key", "alpha", "--api-key", "beta"]) as server:
+        server.wait_ready()
+        for path in ("/v1/models", "/server_info", "/model_info", "/health_generate", "/nothing"):
+            response = requests.get(server.base_url + path, timeout=5)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), path
+        for key in ("alpha", "beta"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert requests.get(f"{server.base_url}/v1/models", headers=headers, timeout=5).status_code == 200
+        for wrong in ("Bearer alph", "Bearer alphaa", "Basic alpha", "alpha", b"Bearer \xff\xfe"):
+            response = requests.get(f"{server.base_url}/v1/models", headers={"Authorization": wrong}, timeout=5)
+            assert response.status_code == 401
+        # The host header must not decide what is open.
+        response = requests.get(f"{server.base_url}/v1/models", headers={"Host": "x/health?y="}, timeout=5)
+        assert response.status_code in (400, 401)
+        for path in ("/livez", "/readyz", "/health", "/startupz", "/ping", "/version"):
+            assert requests.get(server.base_url + path, timeout=5).status_code == 200
+
+
+def test_death_of_the_engine_ends_all_with_an_error() -> None:
+    with ServerProcess([str(tiny.qwen2_vl())]) as server:
+        server.wait_ready()
+        (engine,) = [c for c in psutil.Process(server.pid).children() if "sightline.engine.process" in c.cmdline()]
+        seen: list[str] = []
+
+        def read() -> None:
+            body = {"messages": ask("x"), "max_tokens": 4000, "ignore_eos": True, "stream": True}
+            with requests.post(
+                f"{server.base_url}/v1/chat/completions", json=body, stream=True, timeout=30
+            ) as response:
+                seen.extend(response.iter_lines(decode_unicode=True))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(0.5)
+        engine.kill()
+        killed = time.monotonic()
+        reader.join(10)
+        assert time.monotonic() - killed < 2.5
+        assert any('"code":"engine_dead"' in line for line in seen)
+        assert "data: [DONE]" not in seen
+        assert server.wait_exit(10) == 7
+
+
+def test_nothing_is_left_behind() -> None:
+    def leftovers() -> set[str]:
+        return {p.name for p in Path("/dev/shm").glob("sightline-*")} if Path("/dev/shm").is_dir() else set()
+
+    before = leftovers()
+    with ServerProcess([str(tiny.qwen2_vl())]) as server:
+        server.wait_ready()
+        children = psutil.Process(server.pid).children(recursive=True)
+        assert server.terminate() == 0
+    assert not any(child.is_running() for child in children)
+    assert leftovers() <= before
+
+
+def test_only_the_http_port_listens() -> None:
+    with ServerProcess([str(tiny.qwen2_vl())]) as server:
+        server.wait_ready()
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        listening = [c.laddr.port for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert listening == [server.port]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["--prot", "1"], 2, "did you mean --port?"),
+        (["--port", "seven"], 2, "--port"),
+        (["/no/such/folder"], 3, "/no/such/folder"),
+        (["--device", "cuda", str(tiny.qwen2_vl())], 6, "--device cpu"),
+        (["--max-total-tokens", "100", "--context-length", "4096", str(tiny.qwen2_vl())], 4, "--context-length"),
+    ],
+)
+def test_exit_codes(args: list[str], code: int, text: str) -> None:
+    if code == 6:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    result = run(*args) if "--prot" in args or "--port" in args else run(*args, "--port", "0")
+    assert result.returncode == code, result.stderr
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_taken_port_is_exit_5() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run(str(tiny.qwen2_vl()), "--port", str(taken.getsockname()[1]))
+    assert result.returncode == 5
+    assert "--port" in result.stderr
+
+
+def test_startup_failure_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    result = run(str(tmp_path), "--port", "0")
+    assert result.returncode == 3
+    assert "GPT2LMHeadModel" in result.stderr
+    assert "Traceback" not in result.stderr

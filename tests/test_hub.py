@@ -106,7 +106,7 @@ def test_download_with_progress_then_from_the_cache(server: HubServer, tmp_path:
     fractions = [f for f, _ in found["progress"] if f is not None]
     assert fractions == sorted(fractions)
     assert fractions[-1] > 0.99
-    assert found["progress"][-1][1] == "0.00 of 0.00 GB"
+    assert found["progress"][-1][1] == "3.0 of 3.0 MB"
     assert not any("never" in r or ".bin" in r or ".py" in r for r in server.requests)
 
     server.requests.clear()

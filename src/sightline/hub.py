@@ -45,6 +45,13 @@ def resolve(
     return _checked(_download(model, revision, download_dir, on_progress or (lambda fraction, detail: None)))
 
 
+def progress_detail(done: int, total: int = 0) -> str:
+    """Bytes for people: "1.2 of 15.2 GB"; the total is left out when unknown (0)."""
+    unit, divisor = ("GB", 1e9) if max(done, total) >= 1e9 else ("MB", 1e6)
+    of = f" of {total / divisor:.1f}" if total else ""
+    return f"{done / divisor:.1f}{of} {unit}"
+
+
 def _is_path(model: str) -> bool:
     """Hub names are `name` or `owner/name`; anything of another form can only be meant as a path."""
     return os.path.isabs(model) or model.startswith((".", "~")) or "\\" in model or model.count("/") > 1
@@ -171,8 +178,7 @@ def _bar_class(sizes: tuple[int, int], on_progress: Progress) -> type[Any]:
                     furthest = int(self.n)
                     done = cached + furthest
                 fraction = min(done / total, 1.0) if total else None
-                of = f" of {total / 1e9:.2f}" if total else ""
-                on_progress(fraction, f"{done / 1e9:.2f}{of} GB")
+                on_progress(fraction, progress_detail(done, total))
             return True
 
     return Bar

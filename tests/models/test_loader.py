@@ -88,6 +88,7 @@ def test_progress_reaches_one() -> None:
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     assert len(fractions) > 3
+    assert seen[-1][1] == "1.3 of 1.3 MB"
 
 
 def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:

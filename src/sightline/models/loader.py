@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sightline.errors import CheckpointError, ModelNotFoundError
+from sightline.hub import progress_detail
 from sightline.layers.parameter import Slot, collect_slots
 from sightline.registry import FAMILIES
 
@@ -156,7 +157,7 @@ def _fill(model: nn.Module, files: Sequence[Path], on_progress: Progress) -> Non
                     done += tensor.nbytes
                     if (done - reported) * 100 >= total:
                         reported = done
-                        on_progress(min(done / total, 1.0), f"{done / 1e9:.2f} of {total / 1e9:.2f} GB")
+                        on_progress(min(done / total, 1.0), progress_detail(done, total))
         except SafetensorError as error:
             raise CheckpointError(f"{path.name} is no whole safetensors file: {error}") from error
     missing = [name for name in slots if name not in filled]
@@ -164,7 +165,7 @@ def _fill(model: nn.Module, files: Sequence[Path], on_progress: Progress) -> Non
         problems = [f"{_few(missing)} missing"] if missing else []
         problems += [f"{_few(leftover)} unknown to this architecture"] if leftover else []
         raise CheckpointError(f"The weights in {files[0].parent} do not fit the model: {'; '.join(problems)}.")
-    on_progress(1.0, f"{total / 1e9:.2f} GB")
+    on_progress(1.0, progress_detail(total, total))
 
 
 def _copy(slot: Slot, tensor: Tensor, name: str) -> None:

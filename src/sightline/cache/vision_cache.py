@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import Any
 
 
@@ -21,8 +22,8 @@ class VisionCache:
     """Digest -> features, least recently used first out. Values are opaque.
 
     An entry is reserved (its bytes count, nothing is stored yet), then filled. Entries that are pinned or not yet
-    filled are never evicted. The budget holds at all times but for one case: an item larger than the budget is
-    admitted when nothing else must stay, for otherwise its request could never run.
+    filled are never evicted. The budget holds at all times but for one case: an item (or a group of items used together)
+    larger than the budget is admitted when nothing else must stay, for otherwise its request could never run.
 
     hits and misses count pictures needed by a request: a pin of an entry that an earlier one had brought, and a
     reservation. evictions counts entries dropped for room.
@@ -53,19 +54,22 @@ class VisionCache:
         self._entries.move_to_end(digest)
         return entry.value
 
-    def can_fit(self, nbytes: int) -> bool:
-        """Whether `reserve` would succeed now."""
-        kept = sum(e.nbytes for e in self._entries.values() if self._must_stay(e))
-        return kept + nbytes <= self.max_bytes or not any(self._must_stay(e) for e in self._entries.values())
+    def can_fit(self, nbytes: int, group: Collection[bytes] = ()) -> bool:
+        """Whether `reserve` would succeed now. group: entries that the newcomer will be used with; they are no rivals that
+        a guest would have to wait for, or pictures that only make sense together could wait for each other."""
+        kept = [(digest, e) for digest, e in self._entries.items() if self._must_stay(e) or digest in group]
+        rivals = any(digest not in group for digest, _ in kept)
+        return sum(e.nbytes for _, e in kept) + nbytes <= self.max_bytes or not rivals
 
-    def reserve(self, digest: bytes, nbytes: int) -> bool:
+    def reserve(self, digest: bytes, nbytes: int, group: Collection[bytes] = ()) -> bool:
         """Make room for an absent picture, evicting what nobody uses; False, and nothing changed, if that is too little.
 
-        Follow it by `fill`, or by `discard_unfilled` when the picture could not be encoded.
+        Follow it by `fill`, or by `discard_unfilled` when the picture could not be encoded. group: see `can_fit`; those of
+        its pictures that are here must be pinned.
         """
         assert digest not in self._entries, "the picture is here already"
         assert nbytes >= 0
-        if not self.can_fit(nbytes):
+        if not self.can_fit(nbytes, group):
             return False
         self._evict_down_to(self.max_bytes - nbytes)
         self._entries[digest] = _Entry(nbytes)
@@ -136,4 +140,5 @@ class VisionCache:
         assert self.num_bytes == sum(e.nbytes for e in entries), "wrong count of bytes"
         assert self.num_pinned == sum(e.pins > 0 for e in entries), "wrong count of pinned entries"
         assert all(e.pins >= 0 for e in entries)
-        assert self.num_bytes <= self.max_bytes or len(entries) == 1, "over budget with more than the one guest"
+        guests = len(entries) == 1 or all(map(self._must_stay, entries))
+        assert self.num_bytes <= self.max_bytes or guests, "over budget with something to evict"

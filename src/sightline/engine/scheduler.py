@@ -293,13 +293,14 @@ class Scheduler:
         if not wanted:
             return True
         absent = [image for digest, image in wanted.items() if not self.vision_cache.contains(digest)]
-        if absent and not self._can_encode(batch, request, absent, wanted):
+        together = {image.digest for image in group}
+        if absent and not self._can_encode(batch, request, absent, together):
             return False
         for digest in wanted:
             if self.vision_cache.contains(digest):
                 self.vision_cache.pin(digest)
         for image in absent:
-            reserved = self.vision_cache.reserve(image.digest, self._feature_bytes(image), wanted)
+            reserved = self.vision_cache.reserve(image.digest, self._feature_bytes(image), together)
             assert reserved, "room for a picture that was there is gone"
             self.vision_cache.pin(image.digest)
         batch.encode += absent
@@ -328,8 +329,10 @@ class Scheduler:
         request.num_computed = row.start + row.q_len
         if request.pinned:
             # Not the pictures further ahead: a prompt A B A must let go of A, or B may never find room.
+            # A group that begins here is not kept either: holding one of its pictures while waiting for another could
+            # wait for a request that does the same.
             groups = self._needs(request.images, request.num_computed, request.num_computed + 1)
-            keep = {image.digest for group in groups for image in group}
+            keep = {i.digest for group in groups if group[0].offset < request.num_computed for i in group}
             for digest in request.pinned - keep:
                 self.vision_cache.unpin(digest)
             request.pinned &= keep

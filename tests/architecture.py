@@ -43,7 +43,18 @@ TORCH_FREE_MODULES = {"sightline", "sightline.engine", "sightline.engine.client"
 MAY_IMPORT_TORCH_LATE = {"doctor": "reports on the installed torch; the HTTP process does not import it"}
 
 # Whoever may touch the network or decode a picture, with the reason.
-HTTP_CLIENTS = {"httpx", "httpx2", "requests", "aiohttp", "urllib.request", "http.client", "httpcore", "httpcore2", "urllib3", "niquests"}
+HTTP_CLIENTS = {
+    "httpx",
+    "httpx2",
+    "requests",
+    "aiohttp",
+    "urllib.request",
+    "http.client",
+    "httpcore",
+    "httpcore2",
+    "urllib3",
+    "niquests",
+}
 MAY_USE_HTTP = {
     "prompt.media": "fetches pictures, behind the address guard",
     "cli": "is a client of a running server",

@@ -205,3 +205,14 @@ def test_tables_are_aligned() -> None:
         "| first |  1.0 |",
         "| b     | 12.5 |",
     ]
+
+
+def test_a_real_server_answers_every_request(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Token counts come from the server's usage: with ignore_eos all answers have the same length."""
+    flags = ["--concurrency", "4", "--num-requests", "9", "--max-tokens", "6", "--ignore-eos", "--image-sizes", "96x64"]
+    assert main(["serve", "--base-url", server, "--json", "-", *flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["completed"], result["failed"], result["output_tokens"]) == (9, 0, 54)
+    assert result["prompt_tokens"] > 9 * 10, "pictures count"
+    assert result["cached_tokens"] < result["prompt_tokens"] / 2, "every request has its own picture"
+    assert 0 < result["time_to_first_token_ms"]["p50"] < result["request_latency_ms"]["p50"]

@@ -120,8 +120,9 @@ class Harness:
         )
 
     @torch.inference_mode()
-    def step(self, work: Sequence[tuple[Sequence_, int]]) -> list[Tensor]:
-        """Advance each sequence by so many tokens (q_len 1 first). Returns log-probabilities [q_len, vocab] of each."""
+    def step(self, work: Sequence[tuple[Sequence_, int]], wanted: Tensor | None = None) -> list[Tensor]:
+        """Advance each sequence by so many tokens (q_len 1 first). Returns log-probabilities [q_len, vocab] of each, or
+        one [S, vocab] of the packed rows `wanted`."""
         ids, positions, rows, features = [], [], [], []
         base = 0
         for seq, q_len in work:
@@ -146,8 +147,9 @@ class Harness:
             torch.cat(features) if rows else None,
         )
         packed = torch.from_numpy(np.concatenate(positions, axis=1)).to(self.device)
-        hidden = self.model(hidden, packed, ForwardContext(self.backend, self.cache, batch))
-        return list(torch.log_softmax(self.model.logits(hidden), dim=-1).split(q_lens))
+        hidden = self.model(hidden, packed, ForwardContext(self.backend, self.cache, batch), wanted)
+        logprobs = torch.log_softmax(self.model.logits(hidden), dim=-1)
+        return list(logprobs.split(q_lens)) if wanted is None else [logprobs]
 
     def logprobs(self, seq: Sequence_, chunk: int | None = None) -> Tensor:
         """Run a whole prompt, in chunks; float32 [L, vocab]."""

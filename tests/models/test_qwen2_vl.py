@@ -124,6 +124,20 @@ def test_pictures_change_the_answer(model: Any, model_dir: Path) -> None:
     assert (first - second).abs().max() > 0.1
 
 
+def test_only_the_wanted_rows(model: Any, model_dir: Path) -> None:
+    """The last layer finishes these rows alone, and the cache is as after a full forward."""
+    ids, pictures = prompt(model_dir, "one")
+    full, part = Harness(model), Harness(model)
+    a, b = (h.sequence(model_dir, ids, pictures) for h in (full, part))
+    expected = full.step([(a, len(a.ids))])[0]
+    rows = torch.tensor([len(b.ids) - 1, 3])
+    got = part.step([(b, len(b.ids))], rows)[0]
+    torch.testing.assert_close(got, expected[rows], atol=1e-4, rtol=1e-4)
+    for seq in (a, b):
+        seq.ids.append(7)
+    torch.testing.assert_close(part.step([(b, 1)])[0], full.step([(a, 1)])[0], atol=1e-4, rtol=1e-4)
+
+
 def test_batch_of_pictures_equals_one_by_one(model: Any, model_dir: Path) -> None:
     sizes = [(56, 84), (300, 40), (84, 56), (64, 64), (56, 84)]
     pixels = [oracle.resized(model_dir, oracle.picture(w, h, i)) for i, (w, h) in enumerate(sizes)]

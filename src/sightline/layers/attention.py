@@ -35,12 +35,19 @@ class DecoderAttention(nn.Module):
         self.qkv_proj = MergedLinear(hidden_size, parts, bias=qkv_bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias)
 
-    def forward(self, x: Tensor, residual: Tensor, rotary: Rotary, ctx: ForwardContext) -> Tensor:
-        """x [T, hidden] (normalised), residual [T, hidden] -> residual + attention(x)."""
+    def forward(
+        self, x: Tensor, residual: Tensor, rotary: Rotary, ctx: ForwardContext, rows: Tensor | None = None
+    ) -> Tensor:
+        """x [T, hidden] (normalised), residual [T, hidden] -> residual + attention(x), [T, hidden].
+
+        rows: int64 [S]; only these come back, [S, hidden], though every row's keys and values enter the cache.
+        """
         qkv = self.qkv_proj(x)
         num_rows = qkv.shape[0]
         # queries and keys lie side by side, so one rotation turns both
         qk = apply_rotary(qkv[:, : self.v_start].view(num_rows, self.num_qk_heads, self.head_dim), rotary)
         v = qkv[:, self.v_start :].view(num_rows, self.num_kv_heads, self.head_dim)
-        out = ctx.attend(qk[:, : self.num_heads], qk[:, self.num_heads :], v, self.layer)
-        return self.o_proj.add_to(residual, out.reshape(num_rows, -1))
+        out = ctx.attend(qk[:, : self.num_heads], qk[:, self.num_heads :], v, self.layer).reshape(num_rows, -1)
+        if rows is not None:
+            out, residual = out.index_select(0, rows), residual.index_select(0, rows)
+        return self.o_proj.add_to(residual, out)

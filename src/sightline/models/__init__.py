@@ -16,8 +16,9 @@ A model class `M(nn.Module)` named in `registry.py` provides:
                                              returns one [num_tokens, hidden] tensor for each picture
     embed(input_ids, image_rows, features)   input_ids [T]; image_rows: int64 [N] rows of T that are placeholders (None
                                              without pictures); features: [N, hidden]; asserts the counts; -> [T, hidden]
-    forward(hidden, positions, ctx)          hidden [T, hidden]; positions int64 [3, T] for multimodal rotary, [T] else;
-                                             -> [T, hidden], normalised, ready for `logits`
+    forward(hidden, positions, ctx, rows)    hidden [T, hidden]; positions int64 [3, T] for multimodal rotary, [T] else;
+                                             -> [T, hidden], normalised, ready for `logits`; with rows (int64 [S], optional)
+                                             only these, [S, hidden]: a prompt's last layer need not finish all its tokens
     logits(hidden)                           [S, hidden] -> float32 [S, vocab]
 
 Text-only models lack `encode_images`. No model knows pages, requests or processes.

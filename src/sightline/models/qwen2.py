@@ -13,7 +13,7 @@ from sightline.layers.attention import DecoderAttention
 from sightline.layers.embedding import Embedding
 from sightline.layers.linear import Linear, MergedLinear
 from sightline.layers.norm import RMSNorm
-from sightline.layers.rotary import MultimodalRotaryEmbedding, RotaryEmbedding
+from sightline.layers.rotary import MultimodalRotaryEmbedding, Rotary, RotaryEmbedding
 from sightline.models import KVSpec
 from sightline.models.config import Fields
 
@@ -127,9 +127,9 @@ class Qwen2DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rotary: Any, ctx: ForwardContext) -> Tensor:
-        """hidden [T, hidden] -> [T, hidden]."""
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, rotary, ctx)
+    def forward(self, hidden: Tensor, rotary: Rotary, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
+        """hidden [T, hidden] -> [T, hidden], or [S, hidden] of `rows` alone."""
+        hidden = self.self_attn(self.input_layernorm(hidden), hidden, rotary, ctx, rows)
         return self.mlp(self.post_attention_layernorm(hidden), hidden)
 
 
@@ -153,9 +153,13 @@ class Qwen2Model(nn.Module):
         """What the cache holds for each token."""
         return KVSpec(self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim)
 
-    def forward(self, hidden: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        """hidden [T, hidden]; positions int64 [T], or [3, T] with `mrope_section` -> [T, hidden], normalised."""
+    def forward(self, hidden: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
+        """hidden [T, hidden]; positions int64 [T], or [3, T] with `mrope_section` -> [T, hidden], normalised.
+
+        rows: int64 [S], rows whose output is wanted; the last layer then spends nothing more on the others. -> [S, hidden]
+        """
         rotary = self.rotary(positions)
-        for layer in self.layers:
-            hidden = layer(hidden, rotary, ctx)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotary, ctx, rows if i == last else None)
         return self.norm(hidden)

@@ -375,9 +375,9 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         """input_ids int64 [T]; image_rows int64 [N] and features [N, hidden] of the placeholders -> [T, hidden]."""
         return place_features(self.model.embed_tokens(input_ids), image_rows, features)
 
-    def forward(self, hidden: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        """hidden [T, hidden], positions int64 [3, T] -> [T, hidden], normalised."""
-        return self.model(hidden, positions, ctx)
+    def forward(self, hidden: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
+        """hidden [T, hidden], positions int64 [3, T] -> [T, hidden], normalised; with rows int64 [S], those alone."""
+        return self.model(hidden, positions, ctx, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> float32 [S, vocab]."""

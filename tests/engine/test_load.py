@@ -27,7 +27,7 @@ MAX_TOKENS = 40
 MARGIN = 1e-3
 ARGS = [
     "--served-model-name", "tiny", "--max-total-tokens", "640", "--context-length", "320", "--device", "cpu",
-    "--chunked-prefill-size", "96", "--vision-cache-gb", "0.0001", "--num-threads", "2", "--random-seed", "1",
+    "--chunked-prefill-size", "96", "--vision-cache-gb", "0.0001", "--num-threads", "1", "--random-seed", "1",
 ]  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from sightline.errors import CheckpointError, RequestError
 from sightline.prompt.named_templates import NAMED_TEMPLATES
 
 _STAND_INS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-_OWN_STAND_INS = re.compile(f"[{_STAND_INS}]")
+# As itself, or as Python's repr and ASCII JSON spell it (a template that prints a list or a dict).
+_OWN_STAND_INS = re.compile(f"[{_STAND_INS}]|" + r"\\ufd[de][0-9a-f]")
 _MAX_OUTPUT = 16 << 20
 _MAX_SECONDS = 10.0
 _ALLOWED_KWARGS = frozenset(
@@ -61,8 +62,20 @@ class Shield:
 
     def show(self, text: str) -> Rendered:
         """Undo `hide` in a rendered prompt."""
-        positions = frozenset(match.start() for match in _OWN_STAND_INS.finditer(text))
-        return Rendered(text.translate(self._show) if positions else text, positions)
+        pieces: list[str] = []
+        positions: set[int] = set()
+        start = length = 0
+        for match in _OWN_STAND_INS.finditer(text):
+            stand_in = match.group() if len(match.group()) == 1 else chr(int(match.group()[2:], 16))
+            first = stand_in.translate(self._show)
+            if first == stand_in:
+                continue
+            length += match.start() - start
+            positions.add(length)
+            length += 1
+            pieces += [text[start : match.start()], first]
+            start = match.end()
+        return Rendered("".join([*pieces, text[start:]]), frozenset(positions))
 
 
 class ChatTemplate:

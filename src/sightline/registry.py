@@ -25,4 +25,10 @@ FAMILIES: dict[str, Family] = {
         processor="sightline.prompt.qwen2_vl:Qwen2VLProcessor",
         chat_template="qwen2-vl",
     ),
+    "MllamaForConditionalGeneration": Family(
+        name="Llama 3.2 Vision",
+        model="sightline.models.mllama:MllamaForConditionalGeneration",
+        processor="sightline.prompt.mllama:MllamaProcessor",
+        chat_template="llama_3_vision",
+    ),
 }

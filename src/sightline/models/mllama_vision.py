@@ -323,15 +323,14 @@ class VisionTower(nn.Module):
         groups: dict[tuple[int, bool], list[int]] = {}
         for i, (ratio, rows, columns) in enumerate(grids):
             groups.setdefault((rows * columns, self._shortened(ratio, rows * columns)), []).append(i)
-        result: list[Tensor] = [pixels[0]] * len(pixels)
+        result: dict[int, Tensor] = {}
         for (num_tiles, shortened), members in groups.items():
             layout = self._layout(num_tiles, shortened)
             for first in range(0, len(members), _MAX_BATCH):
                 chosen = members[first : first + _MAX_BATCH]
                 states = self._encode([pixels[i] for i in chosen], [grids[i][0] for i in chosen], num_tiles, layout)
-                for i, rows_ in zip(chosen, states.unbind(), strict=True):
-                    result[i] = rows_
-        return result
+                result.update(zip(chosen, states.unbind(), strict=True))
+        return [result[i] for i in range(len(pixels))]
 
     def _encode(self, pixels: Sequence[Tensor], ratios: Sequence[int], num_tiles: int, layout: _Layout) -> Tensor:
         """Pictures of num_tiles tiles -> [B, num_own, output]."""

@@ -7,16 +7,14 @@ tiles: the id selects the vision tower's tile embeddings.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from sightline.errors import CheckpointError, RequestError
-from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt
+from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
 from sightline.types import ImageRef
 
 # Values of the releases, for files that omit them.
@@ -38,8 +36,8 @@ class MllamaProcessor:
     """
 
     def __init__(self, model_dir: Path) -> None:
-        config = _read_json(model_dir / "config.json")
-        file = _read_json(model_dir / "preprocessor_config.json")
+        config = read_json(model_dir / "config.json")
+        file = read_json(model_dir / "preprocessor_config.json")
         image_token_id = config.get("image_token_index", config.get("image_token_id", _IMAGE_TOKEN_INDEX))
         if not isinstance(image_token_id, int):
             raise CheckpointError(f"config.json: image_token_index is {image_token_id!r}, where an id is expected.")
@@ -116,7 +114,3 @@ class MllamaProcessor:
             for digest, offset, plan in zip(digests, offsets, plans, strict=True)
         )
         return ProcessedPrompt(ids, None, 0, images)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -269,6 +269,9 @@ def is_public(address: str) -> bool:
             embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if embedded is not None:
             return is_public(str(embedded))
+        # Global unicast (RFC 4291, section 2.4); leaves out the old site-local range, which Python counts as global.
+        if ip not in ipaddress.ip_network("2000::/3"):
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

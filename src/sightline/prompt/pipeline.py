@@ -128,7 +128,7 @@ class PromptPipeline:
         plain, sources = self._split(messages, limits)
         pictures = await self._identify(sources, salt)
 
-        def tokenize() -> list[int]:
+        def build() -> Prompt:
             rendered = self.template.render(
                 plain,
                 tools=tools,
@@ -136,9 +136,9 @@ class PromptPipeline:
                 continue_final_message=continue_final_message,
                 template_kwargs=template_kwargs,
             )
-            return self._encode(rendered)
+            return self._expand(self._encode(rendered), pictures, "messages")
 
-        return self._expand(await asyncio.to_thread(tokenize), pictures, "messages")
+        return await asyncio.to_thread(build)
 
     async def text(
         self, prompt: str | Sequence[int], images: Sequence[Any] = (), *, salt: bytes = b"", trusted: bool = True
@@ -149,16 +149,30 @@ class PromptPipeline:
         """
         sources = [_Source(image, PixelLimits(), f"images[{i}]") for i, image in enumerate(images)]
         pictures = await self._identify(sources, salt)
-        if isinstance(prompt, str):
-            encode = self.tokenizer.encode_trusted if trusted else self.tokenizer.encode
-            ids = await asyncio.to_thread(encode, prompt)
-        else:
-            ids = list(prompt)
-        if pictures and self.processor is not None and self.processor.image_token_id not in ids:
-            ids = [self.processor.image_token_id] * len(pictures) + ids
-        return self._expand(ids, pictures, "prompt")
+
+        def build() -> Prompt:
+            if isinstance(prompt, str):
+                self._check_length(prompt, "prompt")
+                ids = self.tokenizer.encode_trusted(prompt) if trusted else self.tokenizer.encode(prompt)
+            else:
+                ids = list(prompt)
+            if pictures and self.processor is not None and self.processor.image_token_id not in ids:
+                ids = [self.processor.image_token_id] * len(pictures) + ids
+            return self._expand(ids, pictures, "prompt")
+
+        return await asyncio.to_thread(build)
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse text that is too long whatever its tokens are, before tokenising it."""
+        if len(text) > self.context_length * self.tokenizer.max_token_chars:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.context_length} tokens. However, your prompt has "
+                f"{len(text)} characters, which are more tokens than that. Please shorten it.",
+                param=param,
+            )
 
     def _encode(self, rendered: Rendered) -> list[int]:
+        self._check_length(rendered.text, "messages")
         ids = self.tokenizer.encode_trusted(rendered.text, rendered.client_positions)
         bos = self.tokenizer.bos_token
         bos_id = self.tokenizer.token_to_id(bos) if bos and self.tokenizer.adds_bos else None

@@ -57,6 +57,7 @@ class Tokenizer:
         # Whether encoding puts the beginning-of-sequence token in front by itself.
         self.adds_bos = self.bos_token is not None and self._whole.encode("a").tokens[:1] == [self.bos_token]
         self.vocab_size = self._whole.get_vocab_size(with_added_tokens=True)
+        self.max_token_chars = max(map(len, self._whole.get_vocab()), default=1)
 
     def _eos_ids(self, model_dir: Path) -> tuple[int, ...]:
         eos = read_json(model_dir / "generation_config.json").get("eos_token_id")
@@ -70,7 +71,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; what looks like an added token is spelled out."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        # The batch form leaves out offsets and gives other threads the interpreter while it works.
+        ids: list[int] = self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
 
     def encode_trusted(self, text: str, client_positions: Collection[int] = ()) -> list[int]:
         """Ids of a rendered prompt. An added token is recognised unless it begins at a client's character; everything

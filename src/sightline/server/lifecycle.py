@@ -94,10 +94,11 @@ class Lifecycle:
                 config.engine_config(), model_dir, log_level=config.log_level, log_format=config.log_format
             )
             # The tokenizer loads while the engine does.
-            self._pipeline, ready = await asyncio.gather(
+            pipeline, ready = await asyncio.gather(
                 asyncio.to_thread(self._make_pipeline, model_dir), self._engine.start(self._report)
             )
-            self._pipeline.context_length = ready.plan.context_length
+            self._pipeline = pipeline
+            pipeline.context_length = ready.plan.context_length
             self.plan = ready.plan
             self.sampling_defaults = sampling_defaults(model_dir)
         except StartupError as error:

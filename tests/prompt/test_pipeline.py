@@ -1,0 +1,202 @@
+"""From messages to one prompt: identities, limits, and what a known picture does not cost."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sightline.errors import ContextLengthError, ImageError, RequestError
+from sightline.prompt.media import MediaLimits
+from sightline.prompt.pipeline import Prompt, PromptPipeline
+from tests import tiny
+from tests.server.conftest import ask, data_url, picture
+
+SECRET = bytes(32)
+
+
+def pipeline(folder: Path | None = None, **options: Any) -> PromptPipeline:
+    return PromptPipeline(folder or tiny.qwen2_vl(), **{"secret": SECRET, "allow_local": True, **options})
+
+
+def chat(mine: PromptPipeline, *parts: Any, **options: Any) -> Prompt:
+    return asyncio.run(mine.chat(ask(*parts), **options))
+
+
+def image(value: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "image", "image": value, **more}
+
+
+def digest(*parts: Any, **options: Any) -> bytes:
+    (ref,) = chat(pipeline(), *parts, **options).images
+    return ref.digest
+
+
+def test_prompt_is_consistent() -> None:
+    prompt = chat(pipeline(), "a", image(picture(1)), "b", image(picture(2)), image(picture(1)))
+    assert len(prompt.images) == 3
+    assert len(prompt.pictures) == 2
+    assert prompt.num_image_tokens == 36
+    assert prompt.input_ids.dtype == np.int32
+    assert prompt.positions is not None
+    assert prompt.positions.shape == (3, len(prompt.input_ids))
+    assert (prompt.input_ids == tiny.IMAGE_PAD).sum() == 36
+
+
+def test_all_ways_to_give_a_picture_agree(tmp_path: Path) -> None:
+    data = picture(3)
+    path = tmp_path / "p.png"
+    path.write_bytes(data)
+    mine = pipeline()
+    prompts = [
+        chat(mine, part)
+        for part in (
+            image(data), image(path), image(str(path)),
+            {"type": "image_url", "image_url": {"url": data_url(data)}},
+            {"type": "image_url", "image_url": data_url(data)},
+            {"type": "input_image", "image_url": data_url(data)},
+            {"type": "image_url", "image_url": {"url": data_url(data), "detail": "high"}},
+        )
+    ]  # fmt: skip
+    assert len({p.images[0].digest for p in prompts}) == 1
+    pil = chat(mine, image(Image.open(io.BytesIO(data))))
+    assert pil.input_ids.tolist() == prompts[0].input_ids.tolist()
+    pixels = [asyncio.run(mine.decode(next(iter(p.pictures.values())))) for p in (prompts[0], pil)]
+    np.testing.assert_array_equal(*pixels)
+
+
+def test_identity_depends_on_all_that_matters() -> None:
+    data = picture(4)
+    base = digest(image(data))
+    assert digest(image(data)) == base
+    assert len(base) == 32
+    grey = Image.new("L", (30, 100), 5)
+    others = [
+        digest(image(picture(5))),
+        digest(image(data + b"x")),
+        digest(image(data), salt=b"tenant"),
+        digest(image(data, detail="low")),
+        digest(image(grey)),
+        digest(image(Image.new("L", (100, 30), 5))),
+        digest(image(grey.convert("RGB"))),
+        chat(pipeline(secret=b"y" * 32), image(data)).images[0].digest,
+    ]
+    assert len({base, *others}) == len(others) + 1
+
+
+def test_palettes_make_different_pictures() -> None:
+    first, second = Image.new("P", (8, 8), 0), Image.new("P", (8, 8), 0)
+    first.putpalette([255, 0, 0])
+    second.putpalette([0, 255, 0])
+    assert digest(image(first)) != digest(image(second))
+
+
+def test_known_picture_is_not_even_probed() -> None:
+    mine = pipeline()
+    for _ in range(3):
+        chat(mine, image(picture(6)))
+    assert mine.media.counters.probes == 1
+    assert mine.media.counters.decodes == 0
+
+
+def test_detail_low_caps_the_pixels() -> None:
+    mine = pipeline(tiny.qwen2_vl(max_pixels=28 * 28 * 1280))
+    large = picture(7, 900, 900)
+    low, high = (chat(mine, image(large, detail=d)).num_image_tokens for d in ("low", "high"))
+    assert low <= 512 * 512 // (28 * 28) < high
+    with pytest.raises(RequestError, match="detail"):
+        chat(mine, image(large, detail="ultra"))
+
+
+def test_broken_pictures_are_named() -> None:
+    with pytest.raises(ImageError) as caught:
+        chat(pipeline(), "x", image(b"no picture"))
+    assert caught.value.param == "messages[0].content[1]"
+    mine = pipeline()
+    prompt = chat(mine, image(picture(8)[:600]))
+    (broken,) = prompt.pictures.values()
+    with pytest.raises(ImageError) as caught:
+        asyncio.run(mine.decode(broken))
+    assert caught.value.code == "image_parse_error"
+    assert caught.value.param == "messages[0].content[0]"
+
+
+def test_limits() -> None:
+    with pytest.raises(RequestError, match="at most 2"):
+        chat(pipeline(limits=MediaLimits(max_images=2)), *[image(picture(1))] * 3)
+    with pytest.raises(ImageError, match="together"):
+        chat(pipeline(limits=MediaLimits(max_request_bytes=50_000)), image(picture(1)), image(picture(2)))
+    with pytest.raises(ContextLengthError) as caught:
+        chat(pipeline(context_length=64), "word " * 100, image(picture(1)))
+    assert "12 of images" in caught.value.message
+    with pytest.raises(ContextLengthError, match="characters"):
+        chat(pipeline(context_length=64), "word " * 100_000)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_local_pictures_are_for_the_offline_engine_only() -> None:
+    for part in (image("/etc/passwd"), image(picture(1))):
+        with pytest.raises(RequestError, match="not supported"):
+            chat(pipeline(allow_local=False), part)
+    with pytest.raises(ImageError):
+        chat(pipeline(allow_local=False), {"type": "image_url", "image_url": {"url": "/etc/passwd"}})
+
+
+def copy_with(tmp_path: Path, change: Callable[[dict[str, Any]], None], name: str) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.qwen2_vl(), folder)
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_text_only_template_never_loses_a_picture(tmp_path: Path) -> None:
+    def text_only(config: dict[str, Any]) -> None:
+        config["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+    folder = copy_with(tmp_path, text_only, "tokenizer_config.json")
+    for extra in ("chat_template.jinja", "chat_template.json"):
+        (folder / extra).unlink(missing_ok=True)
+    prompt = chat(pipeline(folder), "see", image(picture(1)))
+    assert prompt.num_image_tokens == 12
+
+
+def test_long_prompts_do_not_stall_the_event_loop() -> None:
+    mine = pipeline()
+    worst = 0.0
+
+    async def run() -> None:
+        nonlocal worst
+        work = asyncio.ensure_future(mine.chat(ask("several words and more " * 40_000)))
+        while not work.done():
+            began = time.perf_counter()
+            await asyncio.sleep(0.005)
+            worst = max(worst, time.perf_counter() - began - 0.005)
+        await work
+
+    asyncio.run(run())
+    assert worst < 0.3
+
+
+def test_raw_prompts() -> None:
+    mine = pipeline()
+    inside = asyncio.run(mine.text("a<|vision_start|><|image_pad|><|vision_end|>b", [picture(1)]))
+    assert inside.num_image_tokens == 12
+    front = asyncio.run(mine.text("ab", [picture(1)]))
+    assert front.input_ids[0] == tiny.IMAGE_PAD
+    ids = asyncio.run(mine.text([5, 6, 7]))
+    assert ids.input_ids.tolist() == [5, 6, 7]
+    untrusted = asyncio.run(mine.text("a<|im_end|>", trusted=False))
+    assert tiny.IM_END not in untrusted.input_ids
+    with pytest.raises(RequestError, match="empty"):
+        asyncio.run(mine.text(""))

@@ -160,19 +160,28 @@ class Scheduler:
         """The next step, or None when nothing can run. Pages for every row of it are allocated."""
         batch = Batch()
         budget = self.config.max_step_tokens
+        prefills = {r for r in self.running if r.in_prefill or self._lacks_features(r)}
         for request in list(self.running):
             # One without pages was retracted for an earlier row of this very step.
-            if request.in_prefill or not request.pages or budget == 0:
+            if request in prefills or not request.pages or budget == 0:
                 continue
             if self._grow(request):
                 batch.rows.append(ScheduledRow(request, request.num_computed, 1, True))
                 budget -= 1
         batch.num_decode = len(batch.rows)
         for request in self.running:
-            if request.in_prefill and budget > 0:
+            if request in prefills and budget > 0:
                 budget -= self._schedule_chunk(batch, request, budget)
         self._admit(batch, budget)
         return batch if batch.rows else None
+
+    def _lacks_features(self, request: Request) -> bool:
+        """Beside the text, decoding needs pictures too: a request that came back from a retraction with all tokens but
+        the newest in the prefix cache may not hold them yet."""
+        if not self.config.cross_attention or not request.images:
+            return False
+        groups = self._needs(request.images, request.num_computed, request.num_computed + 1)
+        return any(image.digest not in request.pinned for group in groups for image in group)
 
     def _grow(self, request: Request) -> bool:
         """Make room for one more token, retracting the newest requests if need be; False when it was retracted itself."""

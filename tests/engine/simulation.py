@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,15 +61,33 @@ def draw(slots: bytes, index: int, num_drawn: int) -> int:
     return int.from_bytes(digest[:8], "little") % VOCAB
 
 
-def alone(message: EngineRequest, index: int, max_tokens: int) -> list[int]:
+def visible(images: Sequence[ImageRef], position: int) -> list[ImageRef]:
+    """Beside the text: the pictures that a token sees, the last one so far and those that adjoin it."""
+    group: list[ImageRef] = []
+    for image in reversed([i for i in images if i.offset <= position]):
+        if group and image.offset + image.num_tokens != group[0].offset:
+            break
+        group.insert(0, image)
+    return group
+
+
+def seen_by(images: Sequence[ImageRef], position: int, beside_text: bool, features: Callable[[bytes], bytes]) -> bytes:
+    """What a token sees of the pictures, given each one's features."""
+    if beside_text:
+        return b"".join(feature(features(i.digest), 0) for i in visible(images, position))
+    here = [i for i in images if i.offset <= position < i.offset + i.num_tokens]
+    return b"".join(feature(features(i.digest), position - i.offset) for i in here)
+
+
+def alone(message: EngineRequest, index: int, max_tokens: int, beside_text: bool) -> list[int]:
     """The answer of one choice, from the prompt itself: no engine, no pages."""
     tokens = np.frombuffer(message.input_ids, dtype="<i4").tolist()
-    seen = {i.offset + k: feature(pixels_of(i.digest), k) for i in message.images for k in range(i.num_tokens)}
     before, slots, output = chain(b"start", message.cache_salt), b"", []
     sampling = message.sampling
     while True:
         for position in range(len(slots) // 16, len(tokens)):
-            before = slot_hash(before, tokens[position], position, seen.get(position, b""))
+            seen = seen_by(message.images, position, beside_text, pixels_of)
+            before = slot_hash(before, tokens[position], position, seen)
             slots += before
         token = draw(slots, index, len(output))
         tokens.append(token)
@@ -94,12 +112,13 @@ class State:
 class HashRunner:
     """`Runner` over slots of 16 bytes. Asserts what a real device would silently corrupt."""
 
-    def __init__(self, pool: PagePool, page_size: int, vision_cache: VisionCache, max_step_tokens: int) -> None:
-        self.page_size = page_size
+    def __init__(self, pool: PagePool, vision_cache: VisionCache, work: Workload) -> None:
+        self.page_size = work.page_size
         self.pool = pool
         self.vision_cache = vision_cache
-        self.max_step_tokens = max_step_tokens
-        self.slots = np.zeros(((pool.num_total + 1) * page_size, 16), dtype=np.uint8)
+        self.max_step_tokens = work.max_step_tokens
+        self.beside_text = work.beside_text
+        self.slots = np.zeros(((pool.num_total + 1) * work.page_size, 16), dtype=np.uint8)
         self.fail_next = ""
         self.num_steps = 0
 
@@ -147,14 +166,10 @@ class HashRunner:
         request, end = row.request, row.start + row.q_len
         where = self._slots(request, end)
         before = self.slots[where[row.start - 1]].tobytes() if row.start else chain(b"start", request.cache_salt)
-        seen = {}
-        for image in request.images_in(row.start, end):
-            value = self.vision_cache.get(image.digest)
-            for k in range(max(row.start - image.offset, 0), min(end - image.offset, image.num_tokens)):
-                seen[image.offset + k] = feature(value, k)
         for position, token in enumerate(request.ids(row.start, end).tolist(), row.start):
-            assert (token == PAD) == (position in seen), "a placeholder without features, or features without one"
-            before = slot_hash(before, token, position, seen.get(position, b""))
+            seen = seen_by(request.images, position, self.beside_text, self.vision_cache.get)
+            assert self.beside_text or (token == PAD) == bool(seen), "a placeholder without features, or the reverse"
+            before = slot_hash(before, token, position, seen)
             self.slots[where[position]] = np.frombuffer(before, dtype=np.uint8)
 
     def _sample(self, row: ScheduledRow) -> Sampled:
@@ -191,9 +206,11 @@ class Workload:
     max_encode_tokens: int
     vision_bytes: int
     use_radix: bool
+    beside_text: bool
     num_requests: int
     fault_rate: float
     abort_rate: float
+    retract_rate: float
     pixel_delay: int
     segments: list[list[int] | int]
     picture_tokens: list[int]
@@ -215,9 +232,11 @@ class Workload:
             max_encode_tokens=rng.choice([1, 10, 30]),
             vision_bytes=rng.choice([0, 8, 14, 20, 40, 1000]),
             use_radix=rng.random() < 0.8,
+            beside_text=rng.random() < 0.3,
             num_requests=rng.randint(3, 24),
             fault_rate=rng.choice([0.0, 0.0, 0.05]),
             abort_rate=rng.choice([0.0, 0.05, 0.2]),
+            retract_rate=rng.choice([0.0, 0.0, 0.02, 0.1]),
             pixel_delay=rng.choice([0, 3, 20]),
             # Text of one to ten tokens, or the number of a picture; repeated, so that prefixes are shared.
             segments=[
@@ -237,13 +256,13 @@ class Workload:
         images: list[ImageRef] = []
         used: list[list[int] | int] = []
         for part in parts:
-            new = [PAD] * self.picture_tokens[part] if isinstance(part, int) else part
+            new = [PAD] * (1 if self.beside_text else self.picture_tokens[part]) if isinstance(part, int) else part
             if len(ids) + len(new) >= self.context_length:
                 continue
             if isinstance(part, int):
                 # A tenant's salt is part of the digest, as in the server.
                 digest = hashlib.blake2b(bytes([part]) + salt, digest_size=32).digest()
-                images.append(ImageRef(digest, len(ids), len(new), (1, 1, len(new))))
+                images.append(ImageRef(digest, len(ids), len(new), (1, 1, self.picture_tokens[part])))
             ids += new
             used.append(part)
         previous.append(used)
@@ -270,13 +289,15 @@ class Simulation:
         self.pool = PagePool(work.num_pages + 1)
         self.vision_cache = VisionCache(work.vision_bytes)
         self.radix = RadixCache(self.pool, work.page_size) if work.use_radix else None
-        self.runner = HashRunner(self.pool, work.page_size, self.vision_cache, work.max_step_tokens)
+        self.runner = HashRunner(self.pool, self.vision_cache, work)
         config = SchedulerConfig(
             page_size=work.page_size,
             max_step_tokens=work.max_step_tokens,
             max_running=work.max_running,
             max_encode_tokens=work.max_encode_tokens,
             image_token_bytes=1,
+            num_features=lambda image: image.grid[2],
+            cross_attention=work.beside_text,
         )
         self.scheduler = Scheduler(config, self.pool, self.radix, self.vision_cache)
         self.core = EngineCore(
@@ -323,6 +344,9 @@ class Simulation:
         live = [c for c in self.choices.values() if c.reason is None]
         if live and rng.random() < work.abort_rate:
             self._abort(rng.choice(live))
+        if self.scheduler.running and rng.random() < work.retract_rate:
+            # As if memory had run out, which by itself seldom meets a prefill.
+            self.scheduler.retract(rng.choice(self.scheduler.running))
         if rng.random() < work.fault_rate:
             self.runner.fail_next = rng.choice(["encode", "execute"])
 
@@ -333,7 +357,9 @@ class Simulation:
         room = self.work.context_length - prompt_len
         limit = min(room, message.sampling.max_tokens or room)
         for index in range(message.sampling.n):
-            self.choices[message.request_id, index] = Choice(message, index, alone(message, index, limit))
+            self.choices[message.request_id, index] = Choice(
+                message, index, alone(message, index, limit, self.work.beside_text)
+            )
         self.core.add(message)
         # Some pictures come with the request, as from a client that thinks them unknown.
         for image in message.images:

@@ -119,3 +119,28 @@ def test_room_for_one_picture_serves_a_prompt_that_returns_to_it():
             scheduler.put_pixels(digest, "pixels")
         rows += step(scheduler)
     assert [row[1:] for row in rows[:4]] == [(0, 4), (4, 4), (8, 4), (12, 1)]
+
+
+def test_beside_the_text_a_returning_request_decodes_only_with_its_picture():
+    """Retracted with all tokens but the newest in the prefix cache, it needs no prefill; but its picture is gone."""
+    scheduler = make(cross_attention=True, image_token_bytes=4)
+    cache, stranger = scheduler.vision_cache, b"x" * 32
+    cache.max_bytes = 4
+    picture = ImageRef(b"p" * 32, 0, 1, (1, 1, 1))
+    asked = request([99, 1, 2, 3, 4], (picture,))
+    scheduler.add(asked)
+    scheduler.put_pixels(picture.digest, "pixels")
+    for _ in range(4):
+        step(scheduler)
+    assert (asked.num_computed, asked.num_tokens) == (8, 9)
+    scheduler.retract(asked)
+    assert cache.reserve(stranger, 4)
+    cache.fill(stranger, "features")
+    cache.pin(stranger)
+    scheduler.put_pixels(picture.digest, "pixels")
+    assert step(scheduler) == []
+    assert scheduler.running == [asked]
+    assert step(scheduler) == []
+    cache.unpin(stranger)
+    assert step(scheduler) == [("r", 8, 1)]
+    assert asked.pinned == {picture.digest}

@@ -31,4 +31,22 @@ FAMILIES: dict[str, Family] = {
         processor="sightline.prompt.mllama:MllamaProcessor",
         chat_template="llama_3_vision",
     ),
+    "LlamaForCausalLM": Family(
+        name="Llama",
+        model="sightline.models.llama:LlamaForCausalLM",
+        processor=None,
+        chat_template="llava_llama_3",
+    ),
+    "MistralForCausalLM": Family(
+        name="Mistral",
+        model="sightline.models.llama:MistralForCausalLM",
+        processor=None,
+        chat_template="vicuna_v1.1",
+    ),
+    "Qwen2ForCausalLM": Family(
+        name="Qwen2",
+        model="sightline.models.llama:Qwen2ForCausalLM",
+        processor=None,
+        chat_template="chatml-llava",
+    ),
 }

@@ -19,7 +19,7 @@ from sightline.layers.parameter import Slot
 from sightline.layers.rotary import Rotary, apply_rotary, inverse_frequencies, tables
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
-from sightline.models.qwen2 import Qwen2Config, Qwen2Model
+from sightline.models.decoder import Decoder, DecoderConfig
 
 Grid = tuple[int, int, int]
 
@@ -107,7 +107,7 @@ class Qwen2VLVisionConfig:
 class Qwen2VLConfig:
     """Both halves; `from_hf` reads the flat layout of 2024 and the nested one of transformers 5."""
 
-    text: Qwen2Config
+    text: DecoderConfig
     vision: Qwen2VLVisionConfig
     tie_word_embeddings: bool
     image_token_id: int
@@ -119,7 +119,9 @@ class Qwen2VLConfig:
         refuse_quantization(config)
         top = Fields(config)
         nested = top.section("text_config", optional=True)
-        text = Qwen2Config.from_fields(nested or top, _NESTED_TEXT_DEFAULTS if nested else {}, _ROPE_THETA)
+        text = DecoderConfig.from_fields(
+            nested or top, _NESTED_TEXT_DEFAULTS if nested else {}, _ROPE_THETA, qkv_bias=True
+        )
         if text.mrope_section is None:
             raise (nested or top).error("rope_scaling.mrope_section", "is missing")
         vision_fields = top.section("vision_config")
@@ -350,7 +352,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         super().__init__()
         self.config = config
         self.visual = VisionTower(config.vision)
-        self.model = Qwen2Model(config.text)
+        self.model = Decoder(config.text)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
 
     def map_name(self, name: str) -> str | None:

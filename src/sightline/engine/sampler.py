@@ -91,7 +91,10 @@ class Sampler:
     def new_state(
         self, params: SamplingParams, prompt_ids: np.ndarray, eos_ids: Sequence[int], index: int
     ) -> SamplingState:
-        """State of choice `index` of a request."""
+        """State of choice `index` of a request.
+
+        Ids that the output head lacks (some families' picture placeholders) cannot be drawn: nothing is done about them.
+        """
         if params.seed is not None:
             key = _derive(b"choice", params.seed, index)
         else:
@@ -101,15 +104,18 @@ class Sampler:
         if params.min_tokens:
             # Only what would end the answer; an ignored end-of-sequence token would not.
             banned = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
+            banned = {i for i in banned if i < self.vocab_size}
             state.banned = self._tensor(sorted(banned), torch.int64) if banned else None
-        if params.logit_bias:
-            state.bias_ids = self._tensor(list(params.logit_bias), torch.int64)
-            state.bias_values = self._tensor(list(params.logit_bias.values()), torch.float32)
+        bias = {i: value for i, value in params.logit_bias.items() if i < self.vocab_size}
+        if bias:
+            state.bias_ids = self._tensor(list(bias), torch.int64)
+            state.bias_values = self._tensor(list(bias.values()), torch.float32)
         if params.frequency_penalty or params.presence_penalty:
             state.counts = torch.zeros(self.vocab_size, device=self.device)
         if params.repetition_penalty != 1.0:
             state.seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
-            state.seen[self._tensor(np.unique(prompt_ids), torch.int64)] = True
+            seen = np.unique(prompt_ids)
+            state.seen[self._tensor(seen[seen < self.vocab_size], torch.int64)] = True
         return state
 
     def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> SampleOutput:

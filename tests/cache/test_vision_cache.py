@@ -61,6 +61,38 @@ def test_an_item_larger_than_the_budget_is_a_guest():
     assert cache.num_bytes == 0
 
 
+def test_a_group_larger_than_the_budget_is_a_guest_together():
+    cache = VisionCache(100)
+    together = {A, B}
+    assert cache.reserve(C, 30)
+    assert cache.can_fit(70, together)
+    assert not cache.can_fit(80, together)
+    cache.fill(C, "c")
+    assert cache.reserve(A, 80, together)
+    cache.pin(A)
+    assert not cache.contains(C)
+    assert not cache.can_fit(80)
+    assert cache.reserve(B, 80, together)
+    cache.pin(B)
+    cache.check_integrity()
+    cache.fill(A, "a")
+    cache.fill(B, "b")
+    cache.unpin(A)
+    assert (cache.contains(A), cache.num_bytes) == (False, 80)
+    cache.unpin(B)
+    assert cache.contains(B)
+
+
+def test_room_for_a_group_counts_those_of_it_that_are_here():
+    cache = VisionCache(100)
+    put(cache, C, 10)
+    cache.pin(C)
+    put(cache, A, 60)
+    assert cache.can_fit(40)
+    assert not cache.can_fit(40, {A, B})
+    assert cache.can_fit(30, {A, B})
+
+
 def test_a_hit_is_a_use_that_needed_no_encoder():
     cache = VisionCache(100)
     put(cache, A, 10)

@@ -315,7 +315,7 @@ def test_top_k_of_one_is_greedy_even_among_equals():
 
 def test_filters_of_different_rows_do_not_touch_each_other():
     sampler = make()
-    knobs: list[dict[str, Any]] = [{}, {"top_k": 3}, {"min_p": 0.3}, {"top_p": 0.5}, {"top_k": 20, "top_p": 0.6}]
+    knobs: list[dict[str, Any]] = [{}, {"top_k": 3}, {"min_p": 0.3}, {"top_p": 0.5}, {"top_k": 20, "min_p": 0.2}]
     logits = random_logits(8).repeat(400, 1)
     states = [state_of(sampler, **knobs[i % 5]) for i in range(400)]
     tokens = sampler.sample(logits, states).token_ids

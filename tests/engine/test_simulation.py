@@ -58,7 +58,7 @@ def test_the_same_seed_is_the_same_run():
 
 def test_the_simulation_goes_where_bugs_live():
     met: Counter[str] = Counter()
-    for seed in range(60):
+    for seed in range(200):
         met += simulate(seed).met
     for event in (
         "retraction",

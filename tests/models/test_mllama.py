@@ -19,6 +19,7 @@ from sightline.attention.backend import ForwardContext
 from sightline.attention.cross import CrossAttentionBatch, PictureGroup
 from sightline.errors import CheckpointError
 from sightline.models import mllama, mllama_vision
+from sightline.models.decoder import RopeScaling
 from tests import mllama_oracle, oracle, tiny_mllama
 from tests.models.harness import PAGE_SIZE, Harness, load, make_batch
 
@@ -81,7 +82,9 @@ class Sequence_:
 
 
 class MllamaHarness(Harness):
-    """`Harness` with pictures beside the text, told row by row what they see."""
+    """`Harness` with pictures beside the text, told row by row what they see. split: rows of each sequence's output."""
+
+    split: Callable[[list[int]], list[int]] = staticmethod(lambda lengths: lengths)
 
     @torch.inference_mode()
     def sequence(self, model_dir: Path, ids: Sequence[int], pictures: Sequence[Image.Image] = ()) -> Any:
@@ -112,7 +115,7 @@ class MllamaHarness(Harness):
         cross = CrossAttentionBatch(torch.tensor(rows), groups) if rows else None
         hidden = self.model.embed(torch.tensor(ids))
         hidden = self.model(hidden, torch.tensor(positions), ForwardContext(self.backend, self.cache, batch, cross))
-        return list(torch.log_softmax(self.model.logits(hidden), dim=-1).split(q_lens))
+        return list(torch.log_softmax(self.model.logits(hidden), dim=-1).split(self.split(q_lens)))
 
 
 def run(model: Any, model_dir: Path, name: str, chunk: int | None = None) -> Tensor:
@@ -192,6 +195,21 @@ def test_vision_states_equal_the_judge(empty_tiles: str) -> None:
         torch.testing.assert_close(got, mllama_oracle.vision_states(model_dir, picture), atol=5e-5, rtol=1e-5)
     short = {grid[1] * grid[2] for _, grid in inputs if tower._shortened(grid[0], grid[1] * grid[2])}
     assert short == ({1, 2} if empty_tiles == "zero" else set())
+
+
+@pytest.mark.parametrize("last", [[1, 4], [1, 3]], ids=["cross-attention last", "self-attention last"])
+def test_only_wanted_rows_come_back(last: list[int]) -> None:
+    model_dir = tiny_mllama.mllama(text={"cross_attention_layers": last})
+    model = load(model_dir)
+    ids, pictures = prompt("two apart")
+    wanted = [0, 3, 9, len(ids) - 1]
+    forward = model.forward
+    model.forward = lambda *args: forward(*args, torch.tensor(wanted))
+    harness = MllamaHarness(model)
+    seq = harness.sequence(model_dir, ids, pictures)
+    harness.split = lambda lengths: [len(wanted)]
+    got = torch.cat(harness.step([(seq, len(ids))]))
+    assert (got - mllama_oracle.logprobs(model_dir, ids, pictures)[wanted]).abs().max() < TOLERANCE
 
 
 def test_pictures_change_the_answer_and_only_what_follows(model_dir: Path) -> None:
@@ -358,8 +376,9 @@ def _mlp_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The MLP of a cross layer applied to rows that see nothing."""
     original = mllama.CrossAttentionLayer.forward
 
-    def forward(self: Any, hidden: Tensor, rotary: Any, ctx: ForwardContext) -> Tensor:
-        blind = hidden + self.cross_attn_mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(hidden))
+    def forward(self: Any, hidden: Tensor, rotary: Any, ctx: ForwardContext, rows: Any = None) -> Tensor:
+        zero = torch.zeros_like(hidden)
+        blind = hidden + self.cross_attn_mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(hidden), zero)
         assert ctx.cross is not None
         return ctx.cross.scatter(blind, ctx.cross.gather(original(self, hidden, rotary, ctx)))
 
@@ -367,11 +386,12 @@ def _mlp_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _gates_without_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(self: Any, hidden: Tensor, rotary: Any, ctx: ForwardContext) -> Tensor:
+    def forward(self: Any, hidden: Tensor, rotary: Any, ctx: ForwardContext, rows: Any = None) -> Tensor:
         assert ctx.cross is not None
         x = ctx.cross.gather(hidden)
         x = x + self.cross_attn(self.input_layernorm(x), ctx) * self.cross_attn_attn_gate
-        x = x + self.mlp(self.post_attention_layernorm(x)) * self.cross_attn_mlp_gate
+        mlp = self.mlp(self.post_attention_layernorm(x), torch.zeros_like(x))
+        x = x + mlp * self.cross_attn_mlp_gate
         return ctx.cross.scatter(hidden, x)
 
     monkeypatch.setattr(mllama.CrossAttentionLayer, "forward", forward)
@@ -380,7 +400,7 @@ def _gates_without_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
 CONFIG_MUTATIONS: dict[str, dict[str, Any]] = {
     "intermediate layers off by one": {"intermediate_layers": (0, 1, 2)},
     "rope without scaling": {"rope_scaling": None},
-    "rope scaled for another length": {"rope_scaling": mllama.RopeScaling(8.0, 1.0, 4.0, 128)},
+    "rope scaled for another length": {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 128)},
     "tanh gelu for gelu": {"hidden_act": "gelu_pytorch_tanh"},
     "mean of SigLIP": {"image_mean": (0.5, 0.5, 0.5)},
     "deviation of SigLIP": {"image_std": (0.5, 0.5, 0.5)},

@@ -131,6 +131,15 @@ def test_the_api_page_knows_every_route_and_field() -> None:
     assert not {name for name in names if name not in page}
 
 
+def test_the_models_page_knows_every_family_and_template() -> None:
+    from sightline.prompt.named_templates import NAMED_TEMPLATES
+    from sightline.registry import FAMILIES
+
+    page = (ROOT / "docs" / "models.md").read_text()
+    names = {*FAMILIES, *NAMED_TEMPLATES}
+    assert not {name for name in names if f"`{name}`" not in page}
+
+
 def test_the_table_of_picture_tokens_is_computed() -> None:
     """With the processor that serves, at the released checkpoints' bounds."""
     from sightline.prompt.qwen2_vl import Qwen2VLProcessor

@@ -21,7 +21,15 @@ A model class `M(nn.Module)` named in `registry.py` provides:
                                              only these, [S, hidden]: a prompt's last layer need not finish all its tokens
     logits(hidden)                           [S, hidden] -> float32 [S, vocab]
 
-Text-only models lack `encode_images`. No model knows pages, requests or processes.
+Text-only models lack `encode_images`. A model whose pictures stand beside the text instead of in it also has
+
+    cross_attention = True                   then `encode_images` returns [layers, 2, features, num_kv_heads, head_dim], keys
+                                             and values; `embed` gets no image_rows; `forward` finds in `ctx.cross` which
+                                             rows see which pictures
+    num_features(grid) -> int                features of a picture
+    feature_width: int                       numbers kept for each of them: 2 * layers * num_kv_heads * head_dim
+
+No model knows pages, requests or processes.
 """
 
 from __future__ import annotations

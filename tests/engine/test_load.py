@@ -184,6 +184,6 @@ def test_two_hundred_clients_on_a_small_pool():
         assert engine["aborts"] > 0
         assert engine["num_running"] == engine["num_waiting"] == 0
         grown = (rss(server) - before) / 2**20
-        assert grown < 40, f"the server grew by {grown:.0f} MiB in a second, equal round"
+        assert grown < 16, f"the server grew by {grown:.0f} MiB in a second, equal round"
         assert server.terminate() == 0
         assert "Traceback" not in server.log(), server.log()[-5000:]

@@ -184,7 +184,10 @@ class LoadProgress(msgspec.Struct, tag=True):
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What the device's memory is spent on, in bytes, and what fits."""
+    """What the device's memory is spent on, in bytes, and what fits.
+
+    image_token_bytes: vision cache of one placeholder's features; 0 where pictures stand beside the text.
+    """
 
     device: str
     weights: int
@@ -195,6 +198,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int
     context_length: int
     max_running_requests: int
+    image_token_bytes: int = 0
 
     @property
     def num_tokens(self) -> int:

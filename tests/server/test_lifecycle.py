@@ -47,6 +47,7 @@ def test_listens_before_it_is_ready() -> None:
         for phase in ("imports", "weights", "warm-up"):
             assert f"loading: {phase}" in log
         assert "pages of 16 tokens" in log
+        assert "a picture of 1024x1024 takes" in log
         assert server.terminate() == 0
 
 

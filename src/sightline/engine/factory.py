@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -86,8 +87,11 @@ def build_core(
         device=device,
         eos_token_ids=eos,
     )
+    scheduler_config = _scheduler_config(model, plan, max_step, dtype)
+    if not scheduler_config.cross_attention:
+        plan = msgspec.structs.replace(plan, image_token_bytes=scheduler_config.image_token_bytes)
     scheduler = Scheduler(
-        _scheduler_config(model, plan, max_step, dtype),
+        scheduler_config,
         pool,
         None if config.disable_radix_cache else RadixCache(pool, PAGE_SIZE),
         vision_cache,
@@ -132,9 +136,13 @@ def _warm_up(core: EngineCore) -> None:
     )
     core.add(message)
     finished = False
-    while not finished:
-        events = core.step()
-        finished = any(isinstance(e, TokenEvent) and e.finish_reason is not None for e in events)
+    logger.disabled = True
+    try:
+        while not finished:
+            events = core.step()
+            finished = any(isinstance(e, TokenEvent) and e.finish_reason is not None for e in events)
+    finally:
+        logger.disabled = False
     if core.scheduler.radix is not None:
         core.scheduler.radix.reset()
     core.scheduler.assert_idle()

@@ -16,6 +16,7 @@ from sightline import demo
 from sightline.config import ServerConfig
 from sightline.errors import AddressInUseError, StartupError
 from sightline.logging import setup_logging
+from sightline.prompt.processor import Processor
 from sightline.server.app import create_app
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.probes import DEMO_NOTICE
@@ -101,7 +102,7 @@ class _Server:
                 return error.exit_code
             raise error
         assert lifecycle.plan is not None
-        _print_plan(lifecycle.plan)
+        _print_plan(lifecycle.plan, lifecycle.pipeline.processor)
         logger.info("ready after %.1f s: %s serves %s", lifecycle.ready_after, url, lifecycle.model_name)
         watching = asyncio.ensure_future(lifecycle.watch())
         await asyncio.wait([stopping, watching], return_when=asyncio.FIRST_COMPLETED)
@@ -185,7 +186,7 @@ class _ProgressView:
             self._live = None
 
 
-def _print_plan(plan: MemoryPlan) -> None:
+def _print_plan(plan: MemoryPlan, processor: Processor | None) -> None:
     def size(num_bytes: int) -> str:
         return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
@@ -206,3 +207,14 @@ def _print_plan(plan: MemoryPlan) -> None:
         plan.context_length,
         plan.max_running_requests,
     )
+    if processor is not None and plan.image_token_bytes:
+        width, height = 1024, 1024
+        num_tokens = processor.plan(width, height).num_tokens
+        logger.info(
+            "a picture of %dx%d takes %d tokens: %d fit at once, %d stay encoded for the next request",
+            width,
+            height,
+            num_tokens,
+            plan.num_tokens // num_tokens,
+            plan.vision_cache // (num_tokens * plan.image_token_bytes),
+        )

@@ -1,8 +1,9 @@
-"""transformers as the judge: log-probabilities, pixels and positions from its own Qwen2-VL, in float32 on the CPU."""
+"""transformers as the judge: log-probabilities, pixels and positions from its own Qwen2-VL and 2.5, in float32 on the CPU."""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +23,11 @@ class Pictures(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def load(model_dir: Path) -> Any:
     """transformers' model of the folder, in float32 whatever the checkpoint holds."""
-    from transformers import Qwen2VLForConditionalGeneration
+    import transformers
 
-    return Qwen2VLForConditionalGeneration.from_pretrained(
-        model_dir, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    (name,) = json.loads((model_dir / "config.json").read_text())["architectures"]
+    model_class = getattr(transformers, name)
+    return model_class.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,6 +25,12 @@ FAMILIES: dict[str, Family] = {
         processor="sightline.prompt.qwen2_vl:Qwen2VLProcessor",
         chat_template="qwen2-vl",
     ),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        name="Qwen2.5-VL",
+        model="sightline.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+        processor="sightline.prompt.qwen2_vl:Qwen2VLProcessor",
+        chat_template="qwen2-vl",
+    ),
     "MllamaForConditionalGeneration": Family(
         name="Llama 3.2 Vision",
         model="sightline.models.mllama:MllamaForConditionalGeneration",

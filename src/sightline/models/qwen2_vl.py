@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,8 @@ class Qwen2VLVisionConfig:
 class Qwen2VLConfig:
     """Both halves; `from_hf` reads the flat layout of 2024 and the nested one of transformers 5."""
 
+    vision_class: ClassVar[type[Qwen2VLVisionConfig]] = Qwen2VLVisionConfig
+
     text: DecoderConfig
     vision: Qwen2VLVisionConfig
     tie_word_embeddings: bool
@@ -126,7 +128,7 @@ class Qwen2VLConfig:
             raise (nested or top).error("rope_scaling.mrope_section", "is missing")
         vision_fields = top.section("vision_config")
         assert vision_fields is not None
-        vision = Qwen2VLVisionConfig.from_fields(vision_fields, Fields(preprocessor, "preprocessor_config.json"))
+        vision = cls.vision_class.from_fields(vision_fields, Fields(preprocessor, "preprocessor_config.json"))
         if vision.hidden_size != text.hidden_size:
             raise vision_fields.error(
                 "hidden_size", f"is {vision.hidden_size}, but the decoder's hidden_size is {text.hidden_size}"
@@ -253,14 +255,17 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm block."""
+    """Pre-norm block. Later families change what the class attributes name."""
+
+    norm_class: type[nn.Module] = LayerNorm
+    mlp_class: type[nn.Module] = VisionMLP
 
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(config.embed_dim, _NORM_EPS)
-        self.norm2 = LayerNorm(config.embed_dim, _NORM_EPS)
+        self.norm1 = self.norm_class(config.embed_dim, _NORM_EPS)
+        self.norm2 = self.norm_class(config.embed_dim, _NORM_EPS)
         self.attn = VisionAttention(config)
-        self.mlp = VisionMLP(config)
+        self.mlp = self.mlp_class(config)
 
     def forward(self, x: Tensor, rotary: Rotary, groups: Sequence[tuple[int, int]]) -> Tensor:
         """x [N, E] -> [N, E]."""
@@ -271,10 +276,12 @@ class VisionBlock(nn.Module):
 class PatchMerger(nn.Module):
     """The m x m patches of a cell side by side, through an MLP to the decoder's width."""
 
+    norm_class: type[nn.Module] = LayerNorm
+
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
         self.width = config.embed_dim * config.spatial_merge_size**2
-        self.ln_q = LayerNorm(config.embed_dim, _NORM_EPS)
+        self.ln_q = self.norm_class(config.embed_dim, _NORM_EPS)
         # named as in the checkpoint, where 1 is the activation
         self.mlp = nn.ModuleDict(
             {
@@ -291,6 +298,8 @@ class PatchMerger(nn.Module):
 class VisionTower(nn.Module):
     """Patch embedding, blocks with 2-D rotary positions, merger."""
 
+    block_class = VisionBlock
+    merger_class = PatchMerger
     inv_freq: Tensor
 
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
@@ -298,8 +307,8 @@ class VisionTower(nn.Module):
         self.merge = config.spatial_merge_size
         self.patch = config.patch_size
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = PatchMerger(config)
+        self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.depth))
+        self.merger = self.merger_class(config)
         frequencies = inverse_frequencies(config.rope_theta, config.embed_dim // config.num_heads // 2)
         self.register_buffer("inv_freq", frequencies, persistent=False)
 
@@ -316,14 +325,18 @@ class VisionTower(nn.Module):
         groups = [(sizes.count(n), n) for n in dict.fromkeys(sizes)]
 
         x = self.patch_embed([pixels[i] for i in order])
-        rotary = self._rotary([grids[i] for i in order])
-        for block in self.blocks:
-            x = block(x, rotary, groups)
-        features = self.merger(x).split([n // self.merge**2 for n in sizes])
+        in_order = [grids[i] for i in order]
+        features = self._encode(x, self._rotary(in_order), in_order, groups).split([n // self.merge**2 for n in sizes])
         result: list[Tensor] = [features[0]] * len(order)
         for place, rows in zip(order, features, strict=True):
             result[place] = rows
         return result
+
+    def _encode(self, x: Tensor, rotary: Rotary, grids: Sequence[Grid], groups: Sequence[tuple[int, int]]) -> Tensor:
+        """x [N, E], patches of pictures of `grids` -> [N / merge^2, hidden]; groups as in `VisionAttention`."""
+        for block in self.blocks:
+            x = block(x, rotary, groups)
+        return self.merger(x)
 
     def _rotary(self, grids: Sequence[Grid]) -> Rotary:
         """Row and column of each patch, in merge-block order, turn one half of the frequencies each."""
@@ -346,12 +359,13 @@ class Qwen2VLForConditionalGeneration(nn.Module):
     """See the contract in `sightline.models`."""
 
     config_class = Qwen2VLConfig
+    tower_class: type[nn.Module] = VisionTower
     uses_mrope = True
 
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config.vision)
+        self.visual = self.tower_class(config.vision)
         self.model = Decoder(config.text)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
 

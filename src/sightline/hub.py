@@ -45,6 +45,28 @@ def resolve(
     return _checked(_download(model, revision, download_dir, on_progress or (lambda fraction, detail: None)))
 
 
+def find_companion(name: str, model_dir: Path) -> Path | None:
+    """The folder of a checkpoint that another one, in `model_dir`, needs beside it; None if it is not on this machine.
+
+    name: as the other's config.json says it. Looked for as a path, inside and beside `model_dir`, and in the hub cache.
+    """
+    last = name.rstrip("/").rpartition("/")[2]
+    model_dir = model_dir.absolute()
+    for folder in (Path(name).expanduser(), model_dir / name, model_dir / last, model_dir.parent / last):
+        if folder.is_absolute() and (folder / "config.json").is_file():
+            return folder
+    if _is_path(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def progress_detail(done: int, total: int = 0) -> str:
     """Bytes for people: "1.2 of 15.2 GB"; the total is left out when unknown (0)."""
     unit, divisor = ("GB", 1e9) if max(done, total) >= 1e9 else ("MB", 1e6)

@@ -37,6 +37,42 @@ FAMILIES: dict[str, Family] = {
         processor="sightline.prompt.mllama:MllamaProcessor",
         chat_template="llama_3_vision",
     ),
+    "LlavaForConditionalGeneration": Family(
+        name="LLaVA 1.5",
+        model="sightline.models.llava:LlavaForConditionalGeneration",
+        processor="sightline.prompt.llava:LlavaProcessor",
+        chat_template="vicuna_v1.1",
+    ),
+    "LlavaNextForConditionalGeneration": Family(
+        name="LLaVA-NeXT",
+        model="sightline.models.llava:LlavaForConditionalGeneration",
+        processor="sightline.prompt.llava:LlavaProcessor",
+        chat_template="vicuna_v1.1",
+    ),
+    "LlavaOnevisionForConditionalGeneration": Family(
+        name="LLaVA-OneVision",
+        model="sightline.models.llava:LlavaForConditionalGeneration",
+        processor="sightline.prompt.llava:LlavaProcessor",
+        chat_template="chatml-llava",
+    ),
+    "LlavaLlamaForCausalLM": Family(
+        name="LLaVA, authors' layout",
+        model="sightline.models.llava:LlavaForConditionalGeneration",
+        processor="sightline.prompt.llava:LlavaProcessor",
+        chat_template="vicuna_v1.1",
+    ),
+    "LlavaMistralForCausalLM": Family(
+        name="LLaVA, authors' layout",
+        model="sightline.models.llava:LlavaForConditionalGeneration",
+        processor="sightline.prompt.llava:LlavaProcessor",
+        chat_template="vicuna_v1.1",
+    ),
+    "LlavaQwenForCausalLM": Family(
+        name="LLaVA, authors' layout",
+        model="sightline.models.llava:LlavaForConditionalGeneration",
+        processor="sightline.prompt.llava:LlavaProcessor",
+        chat_template="chatml-llava",
+    ),
     "LlamaForCausalLM": Family(
         name="Llama",
         model="sightline.models.llama:LlamaForCausalLM",

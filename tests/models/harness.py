@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
 from sightline.attention.torch_sdpa import TorchSDPABackend
 from sightline.models.loader import architecture, load_model, read_config
-from sightline.prompt.qwen2_vl import Qwen2VLProcessor
+from sightline.prompt.processor import MindsCompany, PixelLimits, Processor
+from sightline.registry import FAMILIES
 
 PAGE_SIZE = 16
 
@@ -23,6 +25,13 @@ PAGE_SIZE = 16
 def load(model_dir: Path, **options: Any) -> Any:
     """Our model of the folder: float32 on the CPU unless said otherwise."""
     return load_model(model_dir, architecture(read_config(model_dir)), **options)
+
+
+def processor(model_dir: Path) -> Processor:
+    """The processor of the folder's family."""
+    module, _, name = str(FAMILIES[architecture(read_config(model_dir))].processor).partition(":")
+    found: Processor = getattr(importlib.import_module(module), name)(model_dir)
+    return found
 
 
 def make_batch(
@@ -105,19 +114,24 @@ class Harness:
     @torch.inference_mode()
     def sequence(self, model_dir: Path, ids: Sequence[int], pictures: Sequence[Image.Image] = ()) -> Sequence_:
         """ids with one placeholder for each picture; the family's processor expands them, resizes and counts positions."""
-        processor = Qwen2VLProcessor(model_dir)
-        plans = [processor.plan(*picture.size) for picture in pictures]
-        pixels = [processor.resize(picture, plan) for picture, plan in zip(pictures, plans, strict=True)]
+        family = processor(model_dir) if FAMILIES[architecture(read_config(model_dir))].processor else None
+        if family is None:
+            assert not pictures
+            positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
+            return Sequence_(list(ids), positions, 0, [], -1)
+        limits = PixelLimits()
+        if isinstance(family, MindsCompany):
+            limits = family.limits_among(limits, len(pictures))
+        plans = [family.plan(*picture.size, limits) for picture in pictures]
+        pixels = [family.resize(picture, plan) for picture, plan in zip(pictures, plans, strict=True)]
         features = self.model.encode_images(
             [torch.tensor(array, device=self.device) for array in pixels], [plan.grid for plan in plans]
         )
-        prompt = processor.expand(list(ids), plans, [b""] * len(plans))
+        prompt = family.expand(list(ids), plans, [b""] * len(plans))
         positions = prompt.positions
         if positions is None:
             positions = np.broadcast_to(np.arange(len(prompt.input_ids)), (3, len(prompt.input_ids)))
-        return Sequence_(
-            prompt.input_ids.tolist(), positions, prompt.position_delta, features, self.model.config.image_token_id
-        )
+        return Sequence_(prompt.input_ids.tolist(), positions, prompt.position_delta, features, family.image_token_id)
 
     @torch.inference_mode()
     def step(self, work: Sequence[tuple[Sequence_, int]], wanted: Tensor | None = None) -> list[Tensor]:
@@ -147,6 +161,7 @@ class Harness:
             torch.cat(features) if rows else None,
         )
         packed = torch.from_numpy(np.concatenate(positions, axis=1)).to(self.device)
+        packed = packed if self.model.uses_mrope else packed[0]
         hidden = self.model(hidden, packed, ForwardContext(self.backend, self.cache, batch), wanted)
         logprobs = torch.log_softmax(self.model.logits(hidden), dim=-1)
         return list(logprobs.split(q_lens)) if wanted is None else [logprobs]

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sightline import hub
 from sightline.errors import CheckpointError, ModelNotFoundError
 from sightline.hub import progress_detail
 from sightline.layers.parameter import Slot, collect_slots
@@ -61,15 +62,18 @@ def load_model(
     module_name, _, class_name = FAMILIES[architecture].model.partition(":")
     model_class = getattr(importlib.import_module(module_name), class_name)
     preprocessor = model_dir / "preprocessor_config.json"
-    config = model_class.config_class.from_hf(
-        read_config(model_dir), _read_json(preprocessor) if preprocessor.is_file() else {}
-    )
+    hf_config = read_config(model_dir)
+    companion = model_class.companion(hf_config) if hasattr(model_class, "companion") else None
+    companion_dir = hub.find_companion(companion, model_dir) if companion else None
+    if companion_dir is not None:
+        hf_config = {**hf_config, "companion_config": read_config(companion_dir)}
+    config = model_class.config_class.from_hf(hf_config, _read_json(preprocessor) if preprocessor.is_file() else {})
     with _defaults(device, dtype):
         model: nn.Module = model_class(config).eval()
     if load_format == "dummy":
         _fill_at_random(model, device)
     elif load_format in ("auto", "safetensors"):
-        _fill(model, _weight_files(model_dir), on_progress or (lambda fraction, detail: None))
+        _fill(model, model_dir, on_progress or (lambda fraction, detail: None), companion)
     else:
         raise CheckpointError(f"load_format is {load_format!r}; known are auto, safetensors and dummy.")
     return model
@@ -133,11 +137,39 @@ def _weight_files(model_dir: Path) -> list[Path]:
     raise CheckpointError(f"{model_dir} holds no weights: no *.safetensors file.")
 
 
-def _fill(model: nn.Module, files: Sequence[Path], on_progress: Progress) -> None:
-    """Copy every tensor of `files` to its slot; each slot once, and no tensor left over."""
+def _fill(model: nn.Module, model_dir: Path, on_progress: Progress, companion: str | None) -> None:
+    """Copy every tensor of the folder to its slot; each slot once, and no tensor left over.
+
+    companion: folder or hub name of the checkpoint that fills slots which this one leaves empty.
+    """
     slots = collect_slots(model)
-    map_name: Callable[[str], str | None] = model.map_name  # type: ignore[assignment]
     filled: set[str] = set()
+    leftover = _copy_files(_weight_files(model_dir), slots, filled, model.map_name, on_progress)  # type: ignore[arg-type]
+    missing = [name for name in slots if name not in filled]
+    if missing and companion is not None:
+        folder = hub.find_companion(companion, model_dir)
+        if folder is None:
+            raise CheckpointError(
+                f"The weights in {model_dir} lack {len(missing)} tensors ({missing[0]}, ...), which are "
+                f"those of {companion}. Put that checkpoint's folder (config.json and *.safetensors) at "
+                f"{model_dir / companion.rstrip('/').rpartition('/')[2]}, or download it into the hub cache."
+            )
+        _copy_files(_weight_files(folder), slots, filled, model.map_companion_name, on_progress)  # type: ignore[arg-type]
+        missing = [name for name in slots if name not in filled]
+    if missing or leftover:
+        problems = [f"{_few(missing)} missing"] if missing else []
+        problems += [f"{_few(leftover)} unknown to this architecture"] if leftover else []
+        raise CheckpointError(f"The weights in {model_dir} do not fit the model: {'; '.join(problems)}.")
+
+
+def _copy_files(
+    files: Sequence[Path],
+    slots: Mapping[str, Slot],
+    filled: set[str],
+    map_name: Callable[[str], str | None],
+    on_progress: Progress,
+) -> list[str]:
+    """Fill the slots that are not filled yet. Returns the tensors that found no place."""
     leftover: list[str] = []
     total = sum(path.stat().st_size for path in files)
     done = reported = 0
@@ -160,12 +192,8 @@ def _fill(model: nn.Module, files: Sequence[Path], on_progress: Progress) -> Non
                         on_progress(min(done / total, 1.0), progress_detail(done, total))
         except SafetensorError as error:
             raise CheckpointError(f"{path.name} is no whole safetensors file: {error}") from error
-    missing = [name for name in slots if name not in filled]
-    if missing or leftover:
-        problems = [f"{_few(missing)} missing"] if missing else []
-        problems += [f"{_few(leftover)} unknown to this architecture"] if leftover else []
-        raise CheckpointError(f"The weights in {files[0].parent} do not fit the model: {'; '.join(problems)}.")
     on_progress(1.0, progress_detail(total, total))
+    return leftover
 
 
 def _copy(slot: Slot, tensor: Tensor, name: str) -> None:

@@ -20,7 +20,15 @@ from sightline.errors import ContextLengthError, ImageError, ModelNotFoundError,
 from sightline.prompt import media
 from sightline.prompt.chat_template import ChatTemplate, Rendered, Shield, load_source
 from sightline.prompt.media import DecodeBudget, MediaLimits, MediaLoader
-from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, Processor, read_json
+from sightline.prompt.processor import (
+    HasPlaceholder,
+    ImagePlan,
+    MindsCompany,
+    PixelLimits,
+    ProcessedPrompt,
+    Processor,
+    read_json,
+)
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.registry import FAMILIES
 from sightline.types import ImageRef
@@ -93,6 +101,8 @@ class PromptPipeline:
         self.context_length = context_length
         self.tokenizer = Tokenizer(model_dir)
         self.processor = _load_processor(family.processor, model_dir)
+        if isinstance(self.processor, HasPlaceholder):
+            self.tokenizer.reserve(self.processor.placeholder, self.processor.image_token_id)
         tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
         shield = Shield(self.tokenizer.added)
         source, _ = load_source(model_dir, chat_template, family.chat_template)
@@ -258,10 +268,13 @@ class PromptPipeline:
             raise RequestError(f"detail must be one of {', '.join(_DETAILS)}.", param=f"{param}.image_url.detail")
         ours = self.processor.limits_for(detail)
         bounds = [b for b in (limits.max_pixels, ours.max_pixels) if b is not None]
-        return PixelLimits(limits.min_pixels, min(bounds) if bounds else None)
+        return PixelLimits(limits.min_pixels, min(bounds) if bounds else None, ours.single)
 
     async def _identify(self, sources: list[_Source], salt: bytes) -> list[Picture]:
         """Fetch and probe all pictures at once; the first error ends the others."""
+        if isinstance(self.processor, MindsCompany):
+            count, adapt = len(sources), self.processor.limits_among
+            sources = [source._replace(limits=adapt(source.limits, count)) for source in sources]
         tasks = [asyncio.ensure_future(self._picture(source, salt)) for source in sources]
         try:
             pictures = await asyncio.gather(*tasks)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -33,10 +33,14 @@ class ImagePlan(NamedTuple):
 
 
 class PixelLimits(NamedTuple):
-    """Per-request bounds on a resized picture, in pixels; None keeps the checkpoint's own."""
+    """Per-request bounds on a resized picture, in pixels; None keeps the checkpoint's own.
+
+    single: one view of the picture and no tiles, for families that tile.
+    """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    single: bool = False
 
 
 class ProcessedPrompt(NamedTuple):
@@ -71,3 +75,23 @@ class Processor(Protocol):
         Raises `RequestError` when the prompt does not hold exactly one placeholder for each picture.
         """
         ...
+
+
+@runtime_checkable
+class MindsCompany(Protocol):
+    """A processor whose pictures look different when a prompt has several of them."""
+
+    def limits_among(self, limits: PixelLimits, num_images: int) -> PixelLimits:
+        """The limits of each of `num_images` pictures, from what the request says of it."""
+        ...
+
+
+@runtime_checkable
+class HasPlaceholder(Protocol):
+    """A processor whose placeholder text may be missing from the checkpoint's tokenizer.
+
+    Templates may write it nevertheless; it then stands for `image_token_id`.
+    """
+
+    placeholder: str
+    image_token_id: int

@@ -47,8 +47,7 @@ class Tokenizer:
             tokenizer.no_padding()
         self.added = {t.content: t for t in added}
         self._special_ids = frozenset(t["id"] for t in spec.get("added_tokens", ()) if t.get("special"))
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._added_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._added_pattern = _any_of(self.added)
         self._byte_level = _uses(spec, "ByteLevel")
         config = read_json(model_dir / "tokenizer_config.json")
         self.bos_token = _token_text(config.get("bos_token"))
@@ -66,6 +65,12 @@ class Tokenizer:
         if eos is None:
             return ()
         return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+    def reserve(self, content: str, token_id: int) -> None:
+        """Let templates write `content` for `token_id`, an id beyond the vocabulary, unless the tokenizer has such a token."""
+        if content not in self.added:
+            self.added[content] = AddedToken(token_id, content, lstrip=False, rstrip=False)
+            self._added_pattern = _any_of(self.added)
 
     # -- text to ids ---------------------------------------------------------------------------------------------------
 
@@ -131,6 +136,11 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves it out."""
         return token_id in self._special_ids
+
+
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Matches the longest of the tokens that begin at a place."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _byte_of_char() -> dict[str, int]:

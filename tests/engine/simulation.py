@@ -344,8 +344,9 @@ class Simulation:
         live = [c for c in self.choices.values() if c.reason is None]
         if live and rng.random() < work.abort_rate:
             self._abort(rng.choice(live))
-        if self.scheduler.running and rng.random() < work.retract_rate:
-            # As if memory had run out, which by itself seldom meets a prefill.
+        if self.scheduler.running and rng.random() < work.retract_rate and self.scheduler.num_retractions < 100:
+            # As if memory had run out, which by itself seldom meets a prefill. Not for ever: one token a step and no
+            # prefix cache might never get anywhere.
             self.scheduler.retract(rng.choice(self.scheduler.running))
         if rng.random() < work.fault_rate:
             self.runner.fail_next = rng.choice(["encode", "execute"])

@@ -15,8 +15,10 @@ from PIL import Image
 
 from sightline import Engine, SamplingParams
 from sightline.config import EngineConfig
+from sightline.engine import runner
 from sightline.engine.core import EngineCore
 from sightline.engine.factory import build_core
+from sightline.engine.pictures import View, beside_text, in_text, views
 from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, TokenEvent, ids_to_bytes
 from tests import mllama_oracle, oracle, tiny_mllama
 from tests.models.test_mllama import FOUR, ONE, PROMPTS, THREE, TWO
@@ -295,22 +297,42 @@ def test_choices_share_the_picture(driver: Driver) -> None:
 # ---- memory ----
 
 
+def crowd() -> dict[str, Prompt]:
+    """Requests with groups of pictures, some shared."""
+    prompts = {str(i): make(2, TWO, ONE, 3, THREE, ONE, 2, seed=i, picture_seed=10 * i) for i in range(3)}
+    return prompts | {"same": make(2, TWO, 5, ONE, TWO, 2), "large": SHAPES["the same twice"]}
+
+
 @pytest.mark.parametrize("tiles", [0, 1, 3, 5, 6])
 def test_budgets_that_hold_few_tiles(tiles: int) -> None:
     """Groups larger than the budget are guests, and no two requests wait for each other's pictures."""
     driver = Driver(vision_cache_gb=tiles * TILE_BYTES / 2**30, chunked_prefill_size=4)
-    prompts = {f"{i}": make(2, TWO, ONE, 3, THREE, ONE, 2, seed=i, picture_seed=10 * i) for i in range(3)}
-    prompts["same"] = make(2, TWO, 5, ONE, TWO, 2)
-    prompts["large"] = SHAPES["the same twice"]
-    for name, prompt in prompts.items():
+    for name, prompt in crowd().items():
         driver.add(prompt, name)
     driver.run()
-    for name, prompt in prompts.items():
+    for name, prompt in crowd().items():
         check(driver.answers[name, 0], prompt)
 
 
-def test_a_picture_is_held_while_its_rows_are_decoded() -> None:
+def test_pictures_of_a_group_held_one_by_one_would_wait_for_ever() -> None:
+    """The mutation that the test above must notice."""
+    driver = Driver(vision_cache_gb=3 * TILE_BYTES / 2**30, chunked_prefill_size=4)
+
+    def singly(images: Sequence[ImageRef], start: int, end: int) -> list[tuple[ImageRef, ...]]:
+        return [(image,) for group in beside_text(images, start, end) for image in group]
+
+    driver.core.scheduler._needs = singly
+    for name, prompt in crowd().items():
+        driver.add(prompt, name)
+    with pytest.raises(AssertionError, match="no end in sight"):
+        driver.run()
+
+
+def held_while_decoding(needs: Any = None) -> list[int]:
+    """How many pictures are held after each step, when all others are dropped after each."""
     driver = Driver()
+    if needs is not None:
+        driver.core.scheduler._needs = needs
     prompt = make(3, ONE, 4, TWO, 2)
     cache = driver.core.scheduler.vision_cache
     pinned = []
@@ -322,9 +344,40 @@ def test_a_picture_is_held_while_its_rows_are_decoded() -> None:
 
     driver.add(prompt, "held")
     driver.run(look)
-    # first it is asked for, at last it is let go
-    assert pinned == [0, *[1] * (NEW_TOKENS - 1), 0]
     check(driver.answers["held", 0], prompt)
+    return pinned
+
+
+def test_a_picture_is_held_while_its_rows_are_decoded() -> None:
+    # first it is asked for, at last it is let go
+    assert held_while_decoding() == [0, *[1] * (NEW_TOKENS - 1), 0]
+
+
+def test_a_picture_let_go_with_its_placeholder_is_missed() -> None:
+    """The mutation: what is right for pictures in the text."""
+    with pytest.raises(AssertionError, match="KeyError"):
+        held_while_decoding(in_text)
+
+
+VIEW_MUTATIONS: dict[str, Callable[[Sequence[ImageRef], View], View]] = {
+    "only the newest picture": lambda images, view: view._replace(images=view.images[-1:]),
+    "every picture so far": lambda images, view: view._replace(images=tuple(images)),
+    "the placeholder sees nothing": lambda images, view: view._replace(start=view.start + 1),
+}
+
+
+@pytest.mark.parametrize("mutation", VIEW_MUTATIONS)
+def test_wrong_views_show(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = make(3, ONE, 9, FOUR, TWO, 9)
+    prompt.truth  # noqa: B018 (before the mutation)
+
+    def mutated(images: Sequence[ImageRef], start: int, end: int) -> list[View]:
+        begun = [image for image in images if image.offset < end]
+        return [VIEW_MUTATIONS[mutation](begun, view) for view in views(images, start, end)]
+
+    monkeypatch.setattr(runner, "views", mutated)
+    with pytest.raises(AssertionError):
+        check(Driver().ask(prompt), prompt)
 
 
 # ---- penalties: the placeholder is an id that the output head does not have ----

@@ -101,6 +101,12 @@ def test_max_pixels_bounds_the_canvas(processor: MllamaProcessor) -> None:
     assert processor.plan(1120, 1120, PixelLimits(max_pixels=1)).grid == (1, 1, 1)
 
 
+def test_min_pixels_is_met_or_refused(processor: MllamaProcessor) -> None:
+    assert processor.plan(100, 100, PixelLimits(min_pixels=560 * 560)).width == 560
+    with pytest.raises(RequestError, match="560x560 pixels and cannot enlarge it to min_pixels 313601"):
+        processor.plan(100, 100, PixelLimits(min_pixels=560 * 560 + 1))
+
+
 def test_prompt_keeps_its_length(processor: MllamaProcessor) -> None:
     plans = [processor.plan(100, 100), processor.plan(1000, 300)]
     ids = [1, IMAGE, 2, 3, IMAGE, 4]

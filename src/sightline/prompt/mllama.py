@@ -61,11 +61,18 @@ class MllamaProcessor:
     def plan(self, width: int, height: int, limits: PixelLimits = PixelLimits()) -> ImagePlan:
         """The picture takes one placeholder whatever its size.
 
-        limits.max_pixels bounds the canvas, of which one tile is always allowed. limits.min_pixels has no meaning here: a
-        picture is enlarged only to fill one tile.
+        limits.max_pixels bounds the canvas, of which one tile is always allowed. A picture is enlarged only to fill one
+        tile, so a limits.min_pixels above what it gets by itself raises `RequestError`.
         """
         rows, columns = self._canvas(width, height, limits.max_pixels)
         new_width, new_height = self._fit(width, height, rows, columns)
+        if limits.min_pixels is not None and new_width * new_height < limits.min_pixels:
+            raise RequestError(
+                f"This model resizes the image to {new_width}x{new_height} pixels and cannot enlarge it to min_pixels "
+                f"{limits.min_pixels}; leave min_pixels out.",
+                param="min_pixels",
+                code="invalid_value",
+            )
         grid = (self.arrangements.index((rows, columns)) + 1, rows, columns)
         return ImagePlan(width=new_width, height=new_height, grid=grid, num_tokens=1)
 

@@ -1,6 +1,6 @@
 """Worker processes that write dialogues as token ids and pictures as sprite rows.
 
-One item is what one optimizer step sees: two batches of text pictures, one of scenes and one of pairs. The GPU renders
+One item is what one optimizer step sees: a few batches, each of text pictures, of scenes or of pairs. The GPU renders
 the pictures from the rows, so a worker only moves small arrays.
 """
 
@@ -26,14 +26,14 @@ from world import Picture
 TASKS = (
     "describe", "count", "color", "shape", "size", "where", "relation", "yesno", "list", "background", "json", "read",
     "follow", "images", "chat", "no_image", "pair_describe", "pair_one", "pair_which", "pair_same", "pair_more",
+    "several", "detail",
 )  # fmt: skip
 PATCH, MERGE = 8, 2
 # height x width; buckets of equal area share one compiled vision encoder, and pairs use any two of PAIR_BUCKETS
-BUCKETS = ((128, 128), (64, 256), (96, 128), (128, 96), (64, 192), (128, 192), (192, 128), (96, 256), (160, 160), (80, 320),
-           (128, 176), (176, 128), (96, 96))  # fmt: skip
-TEXT_WEIGHTS = (5, 3, 3, 1, 4, 1.5, 1, 1.5, 2, 1.5, 1.5, 1, 1.5)
-SCENE_WEIGHTS = (5, 0.5, 2, 2, 0.7, 3, 3, 0.7, 3, 0.5, 3, 2, 2)
-PAIR_BUCKETS = ((128, 128), (64, 256), (96, 128), (128, 96), (64, 192), (128, 192), (192, 128))
+BUCKETS = ((128, 128), (64, 256), (96, 128), (128, 96), (64, 192), (160, 160), (80, 320), (128, 176), (176, 128))
+TEXT_WEIGHTS = (5, 3, 3, 1, 4, 2, 2, 3, 1)
+SCENE_WEIGHTS = (6, 0.5, 3, 3, 0.7, 4, 0.5, 4, 3)
+PAIR_BUCKETS = ((128, 128), (64, 256), (96, 128), (128, 96), (64, 192), (128, 176), (176, 128))
 PAIR_WEIGHTS = (4, 1, 2, 2, 2, 2, 2)
 
 
@@ -125,7 +125,8 @@ def partner(rng: Random, first: Picture, h: int, w: int, advance: list[list[floa
 class Maker:
     """Makes items from one seed."""
 
-    def __init__(self, tokenizer: str, advance: list[list[float]], sizes: Sizes, seed: int) -> None:
+    def __init__(self, tokenizer: str, advance: list[list[float]], sizes: Sizes, seed: int, mix: list[str]) -> None:
+        self.mix = mix
         self.rng, self.advance, self.sizes = Random(seed), advance, sizes
         self.writer = Writer(Tokenizer.from_file(tokenizer))
 
@@ -157,13 +158,13 @@ class Maker:
         return {"ids": ids, "tasks": tasks, "pictures": [pack(p, self.advance) for p in pictures]}
 
     def item(self) -> list[dict[str, object]]:
-        return [self.batch("text"), self.batch("text"), self.batch("scene"), self.pairs()]
+        return [self.pairs() if kind == "pair" else self.batch(kind) for kind in self.mix]
 
 
-def work(queue: mp.Queue, tokenizer: str, advance: list[list[float]], sizes: Sizes, seed: int) -> None:
+def work(queue: mp.Queue, tokenizer: str, advance: list[list[float]], sizes: Sizes, seed: int, mix: list[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    maker = Maker(tokenizer, advance, sizes, seed)
+    maker = Maker(tokenizer, advance, sizes, seed, mix)
     while True:
         queue.put(maker.item())
 
@@ -181,12 +182,12 @@ def to_device(value: object, device: torch.device) -> object:
 class Stream:
     """Items from `workers` processes, moved to the device by a thread."""
 
-    def __init__(self, tokenizer: Path, fonts: Path, sizes: Sizes, seed: int, workers: int, device: torch.device) -> None:
+    def __init__(self, tokenizer: Path, fonts: Path, sizes: Sizes, seed: int, mix: list[str], workers: int, device: torch.device) -> None:
         context = mp.get_context("spawn")
         queue = context.Queue(maxsize=max(8, workers))
         advance = render.advances(fonts)
         for i in range(workers):
-            args = (queue, str(tokenizer), advance, sizes, seed * 1000 + i)
+            args = (queue, str(tokenizer), advance, sizes, seed * 1000 + i, mix)
             context.Process(target=work, args=args, daemon=True).start()
         self.ready: Queue = Queue(maxsize=3)
         Thread(target=self.move, args=(queue, device), daemon=True).start()

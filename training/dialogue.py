@@ -297,6 +297,31 @@ def q_yesno(pic: Picture, rng: Random) -> Turn | None:
     return Turn("yesno", "bigger", {"x": x, "y": y}, yes(big == x, *(f"the {big} is larger than the {little}",) * 2))
 
 
+def q_several(pic: Picture, rng: Random) -> Turn | None:
+    """The same question about two to four objects at once."""
+    objs = [o for o in pic.objs if sum(p.shape == o.shape for p in pic.objs) == 1]
+    attribute = rng.choice(("color", "where", "where", "size"))
+    if attribute == "where":
+        objs = [o for o in objs if zone(o, pic)]
+    if len(objs) < 2:
+        return None
+    objs = rng.sample(objs, rng.randint(2, min(4, len(objs))))
+    values = [{"color": o.color, "size": o.size, "where": zone(o, pic)}[attribute] for o in objs]
+    text = join([f"the {o.shape} is {v}" for o, v in zip(objs, values)])
+    x = join([f"the {o.shape}" for o in objs])
+    return Turn("several", "several_" + attribute, {"x": x}, Answer(f"T{text[1:]}."))
+
+
+def q_detail(pic: Picture, rng: Random) -> Turn | None:
+    """A description with size and place of every object."""
+    places = [zone(o, pic) for o in ordered(pic)]
+    if len(places) > 4 or not all(places):
+        return None
+    items = [article(f"{o.size} {o.color} {o.shape} {p}") for o, p in zip(ordered(pic), places)]
+    items += [quoted(t.kind, t.string) for t in pic.texts]
+    return Turn("detail", "detail", {}, Answer(f"The image shows {join(items)}."))
+
+
 def q_extreme(pic: Picture, rng: Random) -> Turn | None:
     if len(pic.objs) < 2:
         return None
@@ -355,8 +380,8 @@ def q_read(pic: Picture, rng: Random) -> Turn | None:
 
 
 SCENE = (
-    (q_describe, 5), (q_count, 5), (q_color, 4), (q_shape, 3), (q_size, 2), (q_where, 3), (q_relation, 5), (q_next, 2),
-    (q_yesno, 6), (q_extreme, 2), (q_list, 2), (q_background, 1), (q_json, 1),
+    (q_describe, 4), (q_count, 4), (q_color, 6), (q_shape, 2), (q_size, 3), (q_where, 6), (q_relation, 10), (q_next, 3),
+    (q_yesno, 6), (q_extreme, 3), (q_list, 2), (q_background, 0.5), (q_json, 1), (q_several, 9), (q_detail, 6),
 )  # fmt: skip
 TEXT = ((q_describe, 4), (q_read, 9), (q_json, 1), (q_background, 0.3))
 SCENE_FUNCTIONS, SCENE_WEIGHTS = zip(*SCENE)
@@ -484,7 +509,7 @@ def say(messages: list[Message], turn: Turn, rng: Random, system_style: str, ima
     messages += [Message("user", text, images, last, glue=glue), Message("assistant", answer, task=turn.task)]
 
 
-def single(pic: Picture, rng: Random, turns: int = 8) -> list[Message]:
+def single(pic: Picture, rng: Random, turns: int = 12) -> list[Message]:
     """A dialogue about one picture; the caller cuts it where its room ends."""
     messages, system_style = opening(rng)
     if rng.random() < 0.02:

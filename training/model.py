@@ -8,13 +8,13 @@ kernel is trained folded over its two (equal) frames. `export` writes what trans
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -233,6 +233,14 @@ class Model(nn.Module):
         return F.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
 
 
+def imported(folder: Path) -> dict[str, Tensor]:
+    """The state of `Model` from an exported folder, in float32."""
+    state = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+    name = "visual.patch_embed.proj.weight"
+    state[name] = state[name].sum(2).flatten(1)
+    return state
+
+
 def hf_config(c: Config, ids: dict[str, int]) -> dict[str, object]:
     """config.json in the layout of the 2024 Qwen2-VL releases."""
     return {
@@ -312,4 +320,3 @@ def export(state: dict[str, Tensor], c: Config, ids: dict[str, int], folder: Pat
     }
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
-    (folder / "training.json").write_text(json.dumps(asdict(c)) + "\n")

@@ -70,6 +70,16 @@ TRAIN: dict[str, list[str]] = {
         "(Name|Tell me) the shape.",
         "What is the shape of the object?",
     ],
+    "detail": [
+        "Describe (this|the) (image|picture) in detail.",
+        "Describe the (objects|shapes) and their (places|position|positions).",
+        "Where is (everything|each object)?",
+        "What is in (this|the) (image|picture) and where?",
+        "Describe the (size|size and the position|position and the size) of (everything|each object).",
+    ],
+    "several_color": ["What (color|colour) are {x}?", "(Tell me|Name|What are) the (colors|colours) of {x}.", "What (colors|colours) do {x} have?"],
+    "several_where": ["Where are {x}?", "Tell me where {x} are.", "What are the positions of {x}?"],
+    "several_size": ["How (big|large) are {x}?", "What size are {x}?", "Tell me the size of {x}."],
     "size": [
         "What size is the {x}?",
         "How (big|large) is the {x}?",

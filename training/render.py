@@ -137,12 +137,19 @@ def sprites(atlas: torch.Tensor, row: torch.Tensor, h: int, w: int) -> torch.Ten
     return F.grid_sample(tiles, grid, align_corners=False)[:, 0]
 
 
-def paint(img: torch.Tensor, atlas: torch.Tensor, row: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-    """Lays sprites (which do not overlap inside one layer) over img [b, 3, h, w]; owner [m] names the picture."""
+def paint(img: torch.Tensor, atlas: torch.Tensor, row: torch.Tensor, owner: torch.Tensor, one_color: bool) -> torch.Tensor:
+    """Lays sprites (which do not overlap inside one layer) over img [b, 3, h, w]; owner [m] names the picture.
+
+    `one_color` says that all sprites of a picture have one colour, which is much cheaper.
+    """
     if len(row) == 0:
         return img
     alpha = sprites(atlas, row, *img.shape[2:])
     cover = torch.zeros_like(img[:, 0]).index_add_(0, owner, alpha).clamp_(max=1)[:, None]
+    if one_color:
+        ink = torch.zeros(len(img), 3, device=img.device)
+        ink[owner] = row[:, 7:10]
+        return torch.lerp(img, ink[:, :, None, None], cover)
     color = torch.zeros_like(img).index_add_(0, owner, alpha[:, None] * row[:, 7:10, None, None])
     return img * (1 - cover) + torch.minimum(color, cover)
 
@@ -197,8 +204,8 @@ class Renderer:
     def draw(self, layers: list[tuple[torch.Tensor, torch.Tensor]], ground: torch.Tensor, h: int, w: int) -> torch.Tensor:
         """Pictures [b, 3, h, w] in 0..1, rounded to 8 bits; layers are (rows, owner) of outlines, shapes and glyphs."""
         img = backdrop(ground, h, w)
-        for atlas, (row, owner) in zip((self.shapes, self.shapes, self.glyphs), layers):
-            img = paint(img, atlas, row, owner)
+        for atlas, (row, owner), one_color in zip((self.shapes, self.shapes, self.glyphs), layers, (True, False, True)):
+            img = paint(img, atlas, row, owner, one_color)
         weight = ground[:, 10].view(-1, 1, 1, 1)
         img = torch.lerp(img, F.avg_pool2d(F.pad(img, (1, 1, 1, 1), mode="replicate"), 3, 1), weight)
         img = img + torch.randn_like(img) * ground[:, 9].view(-1, 1, 1, 1)

@@ -17,18 +17,18 @@ import tokenizer as tok
 import torch
 import torch.nn.functional as F
 from data import TASKS, Sizes, Stream
-from model import Config, Model, export
+from model import Config, Model, export, imported
 from tokenizers import Tokenizer
 from torch import Tensor
 
-PEAK, WARM_STEPS, EMA = 1.2e-3, 300, 0.998
+EMA = 0.998
 
 
-def prepare(out: Path) -> tuple[Config, dict[str, int], Path]:
+def prepare(out: Path, init: Path | None = None) -> tuple[Config, dict[str, int], Path]:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "tokenizer.json"
     if not path.exists():
-        tok.save(tok.build(), out)
+        tok.save(Tokenizer.from_file(str(init / "tokenizer.json")) if init else tok.build(), out)
     t = Tokenizer.from_file(str(path))
     ids = {s: t.token_to_id(s) for s in tok.SPECIAL}
     return Config(vocab_size=-(-t.get_vocab_size() // 16) * 16, image_token_id=ids["<|image_pad|>"]), ids, path
@@ -80,7 +80,7 @@ def compile_parts(model: Model) -> None:
     """Compiles each block rather than the model: one small graph per shape, shared by all blocks of a kind."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 1024
-    for block in [*model.visual.blocks, *model.model.layers, model.visual.merger, model.model.norm]:
+    for block in [*model.visual.blocks, *model.model.layers]:
         block.compile(dynamic=False)
 
 
@@ -98,24 +98,27 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    config, ids, tokenizer_path = prepare(args.out)
+    config, ids, tokenizer_path = prepare(args.out, args.init)
     fonts = render.font_folder(args.fonts)
     checkpoint = args.out / "checkpoint.pt"
     state = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else None
     progress = state["progress"] if state else {"seconds": 0.0, "steps": 0, "dialogues": 0, "calls": 0}
     progress["calls"] += 1
     sizes = Sizes(*args.sizes)
-    stream = Stream(tokenizer_path, fonts, sizes, args.seed * 100 + int(progress["calls"]), args.workers, device)
+    stream = Stream(tokenizer_path, fonts, sizes, args.seed * 100 + int(progress["calls"]), args.mix, args.workers, device)
     renderer, model = render.Renderer(fonts, device), Model(config).to(device)
     params = list(model.parameters())
     decay = [p for p in params if p.dim() > 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.peak, betas=(0.9, 0.98), fused=device.type == "cuda")
     ema = [p.detach().clone() for p in params]
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema = [e.detach() for e in state["ema"]]
+    elif args.init:
+        model.load_state_dict(imported(args.init))
+        ema = [p.detach().clone() for p in params]
     loss_fn = loss_of
     if device.type == "cuda":
         compile_parts(model)
@@ -131,7 +134,7 @@ def train(args: argparse.Namespace) -> None:
         seconds = before + time.time() - began
         if seconds >= budget or time.time() - began >= args.stop_after:
             break
-        rate = PEAK * min(1, (steps + 1) / WARM_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, seconds / budget))))
+        rate = args.peak * min(1, (steps + 1) / args.warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, seconds / budget))))
         for group in optimizer.param_groups:
             group["lr"] = rate
         t = time.time()
@@ -178,10 +181,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="model folder, also holds the checkpoint")
     parser.add_argument("--minutes", type=float, default=19.0, help="training time over all calls")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which this call ends")
+    parser.add_argument("--init", type=Path, help="folder of an earlier export to begin from (its tokenizer.json is used)")
+    parser.add_argument("--peak", type=float, default=1.2e-3, help="highest learning rate")
+    parser.add_argument("--warm", type=int, default=300, help="steps of linear warm-up")
+    parser.add_argument("--mix", nargs="+", default=["text", "scene", "scene", "pair"], help="batches of one step")
     parser.add_argument("--fonts", help="folder with the DejaVu faces (default: matplotlib's)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--sizes", type=int, nargs=5, default=(512, 161, 225, 256, 353), help="see data.Sizes")
-    parser.add_argument("--weights", type=float, nargs=4, default=(0.28, 0.28, 0.26, 0.18), help="loss of each batch of an item")
+    parser.add_argument("--weights", type=float, nargs="+", default=(0.24, 0.28, 0.28, 0.2), help="loss weight of each batch of the mix")
     parser.add_argument("--eval-items", type=int, default=4)
     parser.add_argument("--every", type=float, default=10.0)
     parser.add_argument("--score-every", type=float, default=60.0)

@@ -154,12 +154,12 @@ def rough(rng: Random) -> dict[str, float]:
 
 
 def place(rng: Random, pic: Picture, radius: float) -> tuple[float, float] | None:
-    """A free spot for a shape, or None; half of the time near the middle of one of the nine zones."""
+    """A free spot for a shape, or None; mostly near the middle of one of the nine zones."""
     margin = radius + 2
     if 2 * margin >= min(pic.h, pic.w):
         return None
     for _ in range(25):
-        if rng.random() < 0.5:
+        if rng.random() < 0.75:
             x = pic.w * (rng.choice((0.18, 0.5, 0.82)) + rng.uniform(-0.06, 0.06))
             y = pic.h * (rng.choice((0.18, 0.5, 0.82)) + rng.uniform(-0.06, 0.06))
         else:
@@ -223,10 +223,10 @@ def scene(rng: Random, h: int, w: int, wanted: list[tuple[str, str]] | None = No
     pic = Picture(h, w, [], [], EMPTY)
     mode = rng.random()
     if wanted is None:
-        if mode < 0.22:
+        if mode < 0.15:
             wanted = kinds(rng, 1)
-        elif mode < 0.62:
-            wanted = kinds(rng, rng.randint(2, 4))
+        elif mode < 0.7:
+            wanted = kinds(rng, rng.choice((2, 2, 2, 3, 3, 4)))
         else:
             total, wanted = rng.randint(2, 6), []
             groups = kinds(rng, rng.randint(1, 3))

@@ -177,6 +177,74 @@ def test_bomb_is_refused_by_the_header_alone() -> None:
         media.probe(png_of_size(7000, 7000), LIMITS)
 
 
+def jpeg_segments(body: bytes, count: int) -> bytes:
+    data = encode(Image.new("RGB", (8, 8)), "JPEG")
+    return data[:20] + body * count + data[20:]  # after the JFIF header
+
+
+def png_chunks(body: bytes, count: int) -> bytes:
+    data = encode(Image.new("RGB", (8, 8)))
+    return (
+        data[:33] + (struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))) * count + data[33:]
+    )
+
+
+def gif_comments(count: int) -> bytes:
+    data = encode(Image.new("L", (8, 8)), "GIF")
+    palette = 13 + 3 * 2 ** ((data[10] & 7) + 1)
+    return data[:palette] + b"!\xfe\x01a\x00" * count + data[palette:]
+
+
+PIECES: list[tuple[str, Callable[[int], bytes]]] = [
+    ("png chunks", lambda n: png_chunks(b"abCd", n)),
+    ("png text", lambda n: png_chunks(b"tEXta\x00b", n)),
+    ("jpeg segments", lambda n: jpeg_segments(b"\xff\xe5\x00\x02", n)),
+    ("jpeg comments", lambda n: jpeg_segments(b"\xff\xfe\x00\x02", n)),
+    ("jpeg exif", lambda n: jpeg_segments(b"\xff\xe1\x00\x16Exif\x00\x00II*\x00\x08" + bytes(9), n)),
+    ("jpeg fill", lambda n: jpeg_segments(b"\xff", n)),
+    ("jpeg junk", lambda n: jpeg_segments(b"x", n)),
+    ("gif comments", gif_comments),
+]
+
+
+@pytest.mark.parametrize("make", [p[1] for p in PIECES], ids=[p[0] for p in PIECES])
+def test_a_million_pieces_of_metadata_take_no_time(make: Callable[[int], bytes]) -> None:
+    """Unbounded, the parsers take seconds to hours for these."""
+    assert media.decode(make(3), LIMITS).size == (8, 8)
+    data = make(1_000_000)
+    for look in (media.probe, media.decode):
+        began = time.perf_counter()
+        with pytest.raises(ImageError, match="damaged"):
+            look(data, LIMITS)
+        assert time.perf_counter() - began < 0.5
+
+
+def test_ordinary_metadata_is_no_problem() -> None:
+    """A hundred segments of 64 KB, as phones write depth maps; pixels in thousands of PNG chunks."""
+    large = jpeg_segments(b"\xff\xe1\xff\xff" + b"http://ns.adobe.com/xmp/extension/\x00".ljust(65533, b"x"), 100)
+    assert media.decode(large, LIMITS).size == (8, 8)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1000, 2000, 3), dtype=np.uint8))
+    assert media.decode(encode(noise, "PNG", compress_level=0), LIMITS).size == (2000, 1000)
+
+
+def test_scans_of_a_progressive_jpeg_are_bounded() -> None:
+    data = encode(Image.new("RGB", (64, 64), RED), "JPEG", progressive=True)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    assert media.decode(data[:-2] + last * 50 + data[-2:], LIMITS).size == (64, 64)
+    with pytest.raises(ImageError, match="damaged"):
+        media.decode(data[:-2] + last * 500 + data[-2:], LIMITS)
+    # What follows the picture (a film, in phones' motion photos) does not count.
+    assert media.decode(data + last * 500, LIMITS).size == (64, 64)
+
+
+def test_pil_images_of_every_mode() -> None:
+    for mode in "1 L LA La P PA RGB RGBA RGBX RGBa CMYK YCbCr HSV LAB I F I;16".split():
+        found = media.from_pil(Image.new(mode, (6, 4)), LIMITS)
+        assert (found.mode, found.size) == ("RGB", (6, 4))
+    with pytest.raises(ImageError, match="million pixels"):
+        media.from_pil(Image.new("1", (7000, 7000)), LIMITS)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_damage_is_a_picture_or_our_error(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -321,7 +389,7 @@ http://user@127.0.0.1:{p}/ http://example.com@127.0.0.1:{p}/ http://127.0.0.1:{p
 http://example.com\\@127.0.0.1:{p}/ http://127.0.0.%31:{p}/ http://%6c%6f%63alhost:{p}/ http://①②⑦.0.0.1:{p}/ http://127。0。0。1:{p}/
 http://localhost.:{p}/ http://127.0.0.1.:{p}/ https://127.0.0.1:{p}/ HTTP://127.0.0.1:{p}/ http:/127.0.0.1:{p}/ http:127.0.0.1:{p}/
 http:///127.0.0.1:{p}/ http://127.0.0.1:{p}?x http://127.0.0.1:{p}#x http://10.0.0.1/ http://192.168.0.1/ http://169.254.169.254/latest/
-http://[fe80::1]/ http://[fc00::1]/ http://[2002:7f00:1::]/ http://[64:ff9b::7f00:1]/ http://100.64.0.1/ http://ip6-localhost:{p}/
+http://[2002:808:808::]/ http://[64:ff9b::808:808]/ http://[::ffff:8.8.8.8]/ http://[fe80::1]/ http://[fc00::1]/ http://[2002:7f00:1::]/ http://[64:ff9b::7f00:1]/ http://100.64.0.1/ http://ip6-localhost:{p}/
 gopher://127.0.0.1:{p}/ unix:/var/run/docker.sock file:///etc/passwd //127.0.0.1:{p}/ /etc/passwd ~/x \\\\127.0.0.1\\x
 http+unix://x/ http://127.0.0.1:{p}/a\tb http://a\nb:{p}/ blob:http://127.0.0.1:{p}/ view-source:http://127.0.0.1:{p}/""".split()
 
@@ -500,6 +568,36 @@ def test_redirects_are_checked_like_the_first_url(
     monkeypatch.setattr(media, "is_public", lambda address: next(seen))
     assert refusal(first).status == 403
     assert accepted == []
+
+
+def test_the_next_address_is_tried(host: Callable[[bytes | Script], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    url = host(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc")
+    port = int(url.split(":")[2].split("/")[0])
+    answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in ("127.0.0.2", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: answers)
+    assert load(url.replace("127.0.0.1", "two.example"), OPEN) == b"abc"
+
+
+def test_nothing_of_one_answer_goes_into_the_next_request(host: Callable[[bytes | Script], str]) -> None:
+    heard: list[bytes] = []
+
+    def listen(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 3\r\n\r\nabc")
+        heard.append(connection.recv(65536))
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc")
+
+    url = host(listen)
+
+    async def twice() -> None:
+        loader = MediaLoader(OPEN)
+        assert [await loader.load(url), await loader.load(url)] == [b"abc", b"abc"]
+        await loader.close()
+
+    asyncio.run(twice())
+    (second,) = heard
+    assert second.startswith(b"GET /x.png HTTP/1.1\r\nHost: 127.0.0.1:")
+    assert b"accept-encoding: identity" in second.lower()
+    assert b"cookie" not in second.lower()
 
 
 def test_a_good_host(host: Callable[[bytes | Script], str]) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import io
 import ipaddress
 import re
 import socket
 import struct
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,17 @@ _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, ZeroDivisionError,
     MemoryError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
+# Reads that Pillow may make of one file. Its parsers read metadata piece by piece: a file of a million empty pieces would
+# keep it busy for minutes. An ordinary picture takes some tens for the header, and one for each 8 KB of a PNG's pixels.
+_HEADER_READS, _PIXEL_READS = 4096, 100_000
+# Each scan of a progressive JPEG goes over the whole picture; encoders write about ten.
+_MAX_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# Data URLs above this many characters are decoded off the event loop.
+_LONG_URL = 1 << 16
+_FETCH_ERRORS = (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, httpx2.InvalidURL,
+                 OSError, ValueError)  # fmt: skip
+_HEADERS = ((b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"), (b"User-Agent", b"sightline"))
 # Spellings of hosts that parsers read differently: refuse instead of guessing.
 _ODD_HOST = re.compile(r"[^A-Za-z0-9.\-:_\[\]]")
 _NUMERIC_HOST = re.compile(r"^(0x[0-9a-f]*|[0-9]+)(\.(0x[0-9a-f]*|[0-9]+))*\.?$", re.IGNORECASE)
@@ -83,13 +96,16 @@ class MediaLoader:
     def __init__(self, limits: MediaLimits) -> None:
         self.limits = limits
         self.counters = MediaCounters()
-        self._client: httpx2.AsyncClient | None = None
+        self._guard = _GuardedBackend(limits.allow_private)
+        self._pool: httpcore2.AsyncConnectionPool | None = None
 
     async def load(self, url: str, param: str | None = None) -> bytes:
         """Encoded bytes of `url`. Raises `ImageError` naming `param` and what to do."""
         try:
             scheme = url[:16].partition(":")[0].lower()
             if scheme == "data":
+                if len(url) > _LONG_URL:
+                    return await asyncio.to_thread(self._decode_data_url, url)
                 return self._decode_data_url(url)
             if scheme in ("http", "https"):
                 return await self._fetch(url)
@@ -102,8 +118,9 @@ class MediaLoader:
 
     async def close(self) -> None:
         """Close pooled connections."""
-        if self._client is not None:
-            await self._client.aclose()
+        if self._pool is not None:
+            await self._pool.aclose()
+        self._guard.close()
 
     def _decode_data_url(self, url: str) -> bytes:
         head, comma, payload = url.partition(",")
@@ -149,30 +166,36 @@ class MediaLoader:
                 return self._checked(await self._follow(url))
         except TimeoutError as error:
             raise _failed(f"The image could not be fetched within {self.limits.timeout:g} seconds.") from error
-        except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError, UnicodeError) as error:
+        except _FETCH_ERRORS as error:
             raise _failed("The image's host could not be reached or gave no valid answer.") from error
 
     async def _follow(self, url: str) -> bytes:
         for _ in range(self.limits.max_redirects + 1):
             target = self._check_url(url)
-            async with self._http().stream("GET", target) as response:
-                if response.is_redirect and "location" in response.headers:
-                    url = str(target.join(response.headers["location"]))
+            raw = httpcore2.URL(
+                scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path
+            )
+            async with self._connections().stream(
+                "GET", raw, headers=[(b"Host", target.netloc), *_HEADERS]
+            ) as response:
+                headers = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+                if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
+                    url = str(target.join(headers[b"location"]))
                     continue
-                if response.status_code != 200:
-                    raise _failed(f"The image's host answered with status {response.status_code}.")
-                if response.headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+                if response.status != 200:
+                    raise _failed(f"The image's host answered with status {response.status}.")
+                if headers.get(b"content-encoding", "identity").lower() not in ("identity", ""):
                     raise _failed("The image's host sent compressed content, which is not accepted.")
-                return await self._read_body(response)
+                return await self._read_body(response, headers)
         raise _failed(f"The image's URL was redirected more than {self.limits.max_redirects} times.")
 
-    async def _read_body(self, response: httpx2.Response) -> bytes:
+    async def _read_body(self, response: httpcore2.Response, headers: Mapping[bytes, str]) -> bytes:
         limit = self.limits.max_image_bytes
-        declared = response.headers.get("content-length", "")
+        declared = headers.get(b"content-length", "")
         if declared.isdigit() and int(declared) > limit:
             raise self._too_large()
         body = bytearray()
-        async for chunk in response.aiter_raw():
+        async for chunk in response.aiter_stream():
             body += chunk
             if len(body) > limit:
                 raise self._too_large()
@@ -192,25 +215,21 @@ class MediaLoader:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise _bad_url("An image URL must begin with https:, http: or data:.")
         host = parsed.host.rstrip(".").lower()
-        if _NUMERIC_HOST.match(host) and not _is_dotted_quad(host):
+        if (_NUMERIC_HOST.match(host) and not _is_dotted_quad(host)) or _embedded(host) is not None:
             raise _bad_url("The image's URL spells an address in an unusual way.")
         allowed = self.limits.allowed_domains
         if allowed and host not in allowed:
             raise _blocked()
         return parsed
 
-    def _http(self) -> httpx2.AsyncClient:
-        if self._client is None:
-            transport = httpx2.AsyncHTTPTransport(trust_env=False, retries=0)
-            transport._pool._network_backend = _GuardedBackend(self.limits.allow_private)
-            self._client = httpx2.AsyncClient(
-                transport=transport,
-                trust_env=False,
-                follow_redirects=False,
-                timeout=self.limits.timeout,
-                headers={"Accept-Encoding": "identity", "Accept": "image/*", "User-Agent": "sightline"},
+    def _connections(self) -> httpcore2.AsyncConnectionPool:
+        """HTTP/1.1 without redirects, cookies, proxies or content decoding of its own; every connection is guarded."""
+        if self._pool is None:
+            context = httpx2.create_ssl_context(trust_env=False)
+            self._pool = httpcore2.AsyncConnectionPool(
+                context, max_connections=100, keepalive_expiry=5.0, network_backend=self._guard
             )
-        return self._client
+        return self._pool
 
     def _checked(self, data: bytes) -> bytes:
         if len(data) > self.limits.max_image_bytes:
@@ -232,6 +251,15 @@ class _GuardedBackend(httpcore2.AsyncNetworkBackend):
     def __init__(self, allow_private: bool) -> None:
         self._allow_private = allow_private
         self._backend = httpcore2.AnyIOBackend()
+        # Its own threads: names that take long to resolve must not use up those that decode and tokenise.
+        self._resolvers = ThreadPoolExecutor(16, "sightline-resolver")
+
+    def close(self) -> None:
+        """Let the resolver's threads end."""
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
+
+    def _resolve(self, host: str, port: int) -> list[str]:
+        return list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
 
     async def connect_tcp(
         self,
@@ -243,13 +271,15 @@ class _GuardedBackend(httpcore2.AsyncNetworkBackend):
     ) -> httpcore2.AsyncNetworkStream:
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
+            addresses = await loop.run_in_executor(self._resolvers, self._resolve, host, port)
+        except (OSError, UnicodeError) as error:
             raise _failed("The image's host has no address.") from error
-        addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
-        if not self._allow_private and not all(is_public(address) for address in addresses):
+        if not addresses or not (self._allow_private or all(is_public(address) for address in addresses)):
             raise _blocked()
-        return await self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpcore2.ConnectError):
+                return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
+        return await self._backend.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
 
     async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore2.AsyncNetworkStream:
         raise _blocked()
@@ -264,15 +294,24 @@ def is_public(address: str) -> bool:
         return False
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if embedded is None and ip in ipaddress.ip_network("64:ff9b::/96"):
-            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        embedded = _embedded(address)
         if embedded is not None:
             return is_public(str(embedded))
         # Global unicast (RFC 4291, section 2.4); leaves out the old site-local range, which Python counts as global.
         if ip not in ipaddress.ip_network("2000::/3"):
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def _embedded(address: str) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 one stands for (mapped, 6to4, Teredo, NAT64), if any."""
+    try:
+        ip = ipaddress.IPv6Address(address)
+    except ValueError:
+        return None
+    if ip in ipaddress.ip_network("64:ff9b::/96"):
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
 
 
 def _is_dotted_quad(host: str) -> bool:
@@ -295,12 +334,52 @@ def probe(data: bytes, limits: MediaLimits, param: str | None = None) -> tuple[i
 def decode(data: bytes, limits: MediaLimits, param: str | None = None) -> Image.Image:
     """An upright RGB picture: orientation applied, transparency on white, 16 bits scaled to 8, first frame only."""
     with _open(data, limits, param) as image:
-        try:
-            image.load()
-            upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-            return _to_rgb(upright)
-        except _DECODE_ERRORS as error:
-            raise _unreadable(param) from error
+        if image.format == "JPEG" and _count_scans(data) > _MAX_SCANS:
+            raise _unreadable(param)
+        return _upright_rgb(image, param)
+
+
+def from_pil(image: Image.Image, limits: MediaLimits, param: str | None = None) -> Image.Image:
+    """`decode` for a picture that a caller in this process holds as a PIL image, of any mode."""
+    if image.width < 1 or image.height < 1:
+        raise ImageError("The image has no pixels.", code="image_parse_error", param=param)
+    if image.width * image.height > limits.max_pixels:
+        raise _too_many_pixels(limits, param)
+    return _upright_rgb(image, param)
+
+
+def _upright_rgb(image: Image.Image, param: str | None) -> Image.Image:
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+        return _to_rgb(upright)
+    except _DECODE_ERRORS as error:
+        raise _unreadable(param) from error
+
+
+class _Reader(io.BytesIO):
+    """A file that ends reading with an error after so many reads."""
+
+    reads_left = _HEADER_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError("too many pieces")
+        return super().read(size)
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans of a JPEG's first picture; more than a file may have when it has too many other segments."""
+    scans = 0
+    position = 2
+    for _ in range(_HEADER_READS):
+        match = _JPEG_MARKER.search(data, position)
+        if match is None or match.group() == b"\xff\xd9":
+            return scans
+        scans += match.group() == b"\xff\xda"
+        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    return _MAX_SCANS + 1
 
 
 def _open(data: bytes, limits: MediaLimits, param: str | None) -> Image.Image:
@@ -318,7 +397,9 @@ def _open(data: bytes, limits: MediaLimits, param: str | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=[kind])
+            reader = _Reader(data)
+            image = Image.open(reader, formats=[kind])
+            reader.reads_left = _PIXEL_READS
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(limits, param) from error
     except _DECODE_ERRORS as error:
@@ -345,7 +426,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image if "transparency" not in image.info else _on_white(image.convert("RGBA"))
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _scale_down(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         return _on_white(image.convert("RGBA"))
     return image.convert("RGB")
 

@@ -19,7 +19,9 @@ def load(model_dir: Path) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForImageTextToText if (model_dir / "preprocessor_config.json").exists() else AutoModelForCausalLM
-    return kind.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    model = kind.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    return model
 
 
 @functools.lru_cache(maxsize=16)
@@ -81,7 +83,6 @@ def greedy(model_dir: Path, input_ids: Sequence[int], pictures: Sequence[Image.I
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=count,
-            eos_token_id=-1,
             **inputs,
         )
     return [int(token) for token in out[0, len(input_ids) :]]

@@ -117,8 +117,7 @@ class Harness:
         family = processor(model_dir) if FAMILIES[architecture(read_config(model_dir))].processor else None
         if family is None:
             assert not pictures
-            positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
-            return Sequence_(list(ids), positions, 0, [], -1)
+            return Sequence_(list(ids), np.broadcast_to(np.arange(len(ids)), (3, len(ids))), 0, [], -1)
         limits = PixelLimits()
         if isinstance(family, MindsCompany):
             limits = family.limits_among(limits, len(pictures))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import shutil
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from sightline.config import EngineConfig
 from sightline.engine.factory import build_core
-from sightline.errors import CheckpointError
+from sightline.errors import CheckpointError, RequestError
 from sightline.models.config import Fields
 from sightline.models.decoder import TEXT_DEFAULTS, RopeScaling, text_config
+from sightline.prompt.pipeline import PromptPipeline
 from sightline.types import EngineRequest, SamplingParams, TokenEvent, ids_to_bytes
 from tests import llava_oracle, tiny, tiny_llava
 from tests.models.harness import Harness, load
@@ -90,6 +92,16 @@ def test_the_engine_answers_like_generate(case: str) -> None:
                 left -= event.finish_reason is not None
     for n in range(2):
         assert answers[str(n)] == llava_oracle.greedy(model_dir, ids(40 + 9 * n, n), [], 12)
+
+
+def test_a_picture_is_refused_in_openais_words() -> None:
+    pipeline = PromptPipeline(tiny_llava.text("llama"))
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    with pytest.raises(RequestError, match="image_url is only supported by certain models") as caught:
+        asyncio.run(pipeline.chat([{"role": "user", "content": [part]}]))
+    assert caught.value.status == 400
+    answer = asyncio.run(pipeline.chat([{"role": "user", "content": [{"type": "text", "text": "hi"}]}]))
+    assert answer.images == ()
 
 
 # ---- configuration ----

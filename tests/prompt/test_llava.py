@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import io
 import json
@@ -237,6 +238,21 @@ def test_company_changes_the_picture_and_its_identity() -> None:
     assert chat(pipeline, b, a).images[1].digest == both.images[0].digest
     next_ = PromptPipeline(folder("next"), allow_local=True)
     assert chat(next_, a, "what?").images[0].digest == chat(next_, a, b).images[0].digest
+
+
+def test_modalities_of_sglang() -> None:
+    """Accepted, though several pictures need no field."""
+    pipeline = PromptPipeline(folder("onevision"))
+    url = "data:image/png;base64," + base64.b64encode(png(100, 150)).decode()
+    grids = []
+    for extra in ({}, {"modalities": "image"}, {"modalities": "multi-images"}):
+        part = {"type": "image_url", "image_url": {"url": url}, **extra}
+        grids.append(asyncio.run(pipeline.chat([{"role": "user", "content": [part]}])).images[0].grid)
+    assert grids[0] == grids[1]
+    assert grids[2] == (0, 1, 0)
+    part = {"type": "image_url", "image_url": {"url": url}, "modalities": "video"}
+    with pytest.raises(RequestError, match="modalities"):
+        asyncio.run(pipeline.chat([{"role": "user", "content": [part]}]))
 
 
 @pytest.mark.parametrize("kind", ["pad", "onevision"])

@@ -252,7 +252,8 @@ class PromptPipeline:
                 value, detail = value.get("url"), value.get("detail") or detail
             if not isinstance(value, str):
                 raise RequestError("image_url must hold a URL.", param=f"{param}.image_url", code="invalid_image_url")
-            sources.append(_Source(value, self._with_detail(limits, detail, param), f"{param}.image_url"))
+            limits = self._with_detail(limits, detail, param)._replace(**_modalities(part, param))
+            sources.append(_Source(value, limits, f"{param}.image_url"))
             return {"type": "image"}
         if kind == "image" and self._allow_local:
             sources.append(_Source(part.get("image"), self._with_detail(limits, part.get("detail"), param), param))
@@ -351,6 +352,14 @@ class PromptPipeline:
         image = media.decode(data, self.limits, picture.param)
         self.media.counters.resizes += 1
         return self.processor.resize(image, picture.plan)
+
+
+def _modalities(part: Mapping[str, Any], param: str) -> dict[str, bool]:
+    """SGLang's field beside `image_url`, which LLaVA-OneVision's users send: changes to the picture's limits."""
+    value = part.get("modalities")
+    if value not in (None, "image", "multi-images"):
+        raise RequestError("modalities must be image or multi-images.", param=f"{param}.modalities")
+    return {"single": True} if value == "multi-images" else {}
 
 
 def _load_processor(path: str | None, model_dir: Path) -> Processor | None:

@@ -130,6 +130,42 @@ def test_broken_pictures_are_named() -> None:
     assert caught.value.param == "messages[0].content[0]"
 
 
+def test_pil_images_of_any_mode_and_orientation() -> None:
+    mine = pipeline()
+    for mode in ("F", "CMYK", "YCbCr", "RGBa", "I;16"):
+        (one,) = chat(mine, image(Image.new(mode, (60, 40)))).pictures.values()
+        assert asyncio.run(mine.decode(one)).shape == (56, 84, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 60)).save(buffer, "JPEG", exif=exif)
+    grids = [chat(mine, image(x)).images[0].grid for x in (buffer.getvalue(), Image.open(buffer))]
+    assert grids[0] == grids[1]
+    assert grids[0][1] > grids[0][2]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "end|>", "content": "x"}, "messages[0].role"),
+        ({"content": "x"}, "messages[0].role"),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "messages[0].content[0].text"),
+        ({"role": "user", "content": [5]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [image(None)]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [image("no such file.png")]}, "messages[0].content[0]"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]},
+            "messages[0].content[0].image_url",
+        ),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[0].content[0].type"),
+    ],
+)
+def test_mistakes_are_named(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(pipeline().chat([message]))
+    assert caught.value.param == param
+
+
 def test_limits() -> None:
     with pytest.raises(RequestError, match="at most 2"):
         chat(pipeline(limits=MediaLimits(max_images=2)), *[image(picture(1))] * 3)
@@ -171,13 +207,29 @@ def test_text_only_template_never_loses_a_picture(tmp_path: Path) -> None:
     assert prompt.num_image_tokens == 12
 
 
-def test_long_prompts_do_not_stall_the_event_loop() -> None:
+def test_template_that_only_speaks_of_images_never_loses_a_picture(tmp_path: Path) -> None:
+    source = "{# an image is not vision #}{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    path = tmp_path / "blind.jinja"
+    path.write_text(source)
+    assert chat(pipeline(chat_template=str(path)), "see", image(picture(1))).num_image_tokens == 12
+
+
+@pytest.mark.parametrize("kind", ["words", "large picture", "many pictures"])
+def test_nothing_stalls_the_event_loop(kind: str) -> None:
     mine = pipeline()
     worst = 0.0
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
+    parts: list[Any] = {
+        "words": ["several words and more " * 40_000],
+        "large picture": [data_url(picture(1) + bytes(14_000_000)), image(Image.fromarray(noise))],
+        "many pictures": [image(picture(1) + bytes([i]) * 3_000_000) for i in range(16)],
+    }[kind]
+    if kind == "large picture":
+        parts[0] = {"type": "image_url", "image_url": {"url": parts[0]}}
 
     async def run() -> None:
         nonlocal worst
-        work = asyncio.ensure_future(mine.chat(ask("several words and more " * 40_000)))
+        work = asyncio.ensure_future(mine.chat(ask(*parts)))
         while not work.done():
             began = time.perf_counter()
             await asyncio.sleep(0.005)

@@ -65,7 +65,7 @@ class MediaLimits:
     """What a client may ask for. Sizes in bytes and pixels, time in seconds of wall clock.
 
     timeout covers names, connections, headers, bodies and redirects of one picture together. decode_bytes bounds the
-    pixels (3 bytes each) being decoded at once in this process.
+    memory of the pictures being decoded at once in this process.
     """
 
     max_images: int = 16

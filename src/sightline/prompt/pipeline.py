@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib
-import io
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -33,13 +33,18 @@ from sightline.prompt.tokenizer import Tokenizer
 from sightline.registry import FAMILIES
 from sightline.types import ImageRef
 
+logger = logging.getLogger(__name__)
+
 _KNOWN_SIZES = 100_000
+# What one pixel takes while a picture is decoded: 4 bytes as Pillow holds it, and as much for a converted copy.
+_DECODE_BYTES_PER_PIXEL = 8
+_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 _DETAILS = ("auto", "low", "high", "original")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One distinct picture of a prompt. data: its encoded bytes, or an already decoded image (offline only)."""
+    """One distinct picture of a prompt. data: its encoded bytes, or an upright RGB image (offline only)."""
 
     digest: bytes
     data: bytes | Image.Image
@@ -105,10 +110,12 @@ class PromptPipeline:
             self.tokenizer.reserve(self.processor.placeholder, self.processor.image_token_id)
         tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
         shield = Shield(self.tokenizer.added)
-        source, _ = load_source(model_dir, chat_template, family.chat_template)
+        source, is_family_s = load_source(model_dir, chat_template, family.chat_template)
         self.template = ChatTemplate(source, shield, **tokens)
-        if self.processor is not None and not self.template.takes_parts:
-            # A text-only template would lose the pictures: the family's own takes its place.
+        if not is_family_s and not self._places_pictures():
+            logger.warning(
+                "the chat template has no place for pictures; the template %r is used instead", family.chat_template
+            )
             source, _ = load_source(model_dir, family.chat_template, family.chat_template)
             self.template = ChatTemplate(source, shield, **tokens)
         self.media = MediaLoader(limits)
@@ -116,6 +123,18 @@ class PromptPipeline:
         self._secret = secret or secrets.token_bytes(32)
         self._sizes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
         self._budget = DecodeBudget(limits.decode_bytes)
+
+    def _places_pictures(self) -> bool:
+        """Whether the template gives a picture exactly one placeholder; true for a model without pictures."""
+        if self.processor is None:
+            return True
+        content = [{"type": "text", "text": "a"}, {"type": "image"}]
+        try:
+            rendered = self.template.render([{"role": "user", "content": content}])
+        except RequestError:
+            return False
+        ids = self.tokenizer.encode_trusted(rendered.text, rendered.client_positions)
+        return ids.count(self.processor.image_token_id) == 1
 
     async def close(self) -> None:
         """Close the media client."""
@@ -216,6 +235,9 @@ class PromptPipeline:
         plain: list[dict[str, Any]] = []
         sources: list[_Source] = []
         for i, message in enumerate(messages):
+            # Templates write roles between the halves of special tokens: only known ones may come there.
+            if message.get("role") not in _ROLES:
+                raise RequestError(f"role must be one of {', '.join(sorted(_ROLES))}.", param=f"messages[{i}].role")
             content = message.get("content")
             if isinstance(content, Sequence) and not isinstance(content, str):
                 parts = [
@@ -225,16 +247,6 @@ class PromptPipeline:
                 joined = all(part["type"] == "text" for part in parts)
                 content = "".join(part["text"] for part in parts) if joined else parts
             plain.append({**message, "content": content if content is not None else ""})
-        if sources and self.processor is None:
-            raise RequestError(
-                "Invalid content type. image_url is only supported by certain models.",
-                param=sources[0].param.replace("[", ".[") + ".type",
-            )
-        if len(sources) > self.limits.max_images:
-            raise RequestError(
-                f"The request has {len(sources)} images; at most {self.limits.max_images} are allowed.",
-                param="messages",
-            )
         return plain, sources
 
     def _part(self, part: Any, param: str, limits: PixelLimits, sources: list[_Source]) -> dict[str, Any]:
@@ -245,7 +257,10 @@ class PromptPipeline:
             raise RequestError("A content part must be an object with a type.", param=param)
         kind = part.get("type")
         if kind in ("text", "input_text", "output_text", "refusal"):
-            return {"type": "text", "text": part.get("refusal" if kind == "refusal" else "text") or ""}
+            text = part.get("refusal" if kind == "refusal" else "text") or ""
+            if not isinstance(text, str):
+                raise RequestError("The text of a content part must be a string.", param=f"{param}.text")
+            return {"type": "text", "text": text}
         if kind in ("image_url", "input_image"):
             value, detail = part.get("image_url"), part.get("detail")
             if isinstance(value, Mapping):
@@ -273,45 +288,61 @@ class PromptPipeline:
 
     async def _identify(self, sources: list[_Source], salt: bytes) -> list[Picture]:
         """Fetch and probe all pictures at once; the first error ends the others."""
+        if not sources:
+            return []
+        if self.processor is None:
+            raise RequestError(
+                "Invalid content type. image_url is only supported by certain models.",
+                param=sources[0].param.replace("[", ".[") + ".type",
+            )
+        if len(sources) > self.limits.max_images:
+            raise RequestError(
+                f"The request has {len(sources)} images; at most {self.limits.max_images} are allowed.",
+                param="messages",
+            )
         if isinstance(self.processor, MindsCompany):
             count, adapt = len(sources), self.processor.limits_among
             sources = [source._replace(limits=adapt(source.limits, count)) for source in sources]
-        tasks = [asyncio.ensure_future(self._picture(source, salt)) for source in sources]
+        loaded = 0
+
+        async def picture(source: _Source) -> Picture:
+            nonlocal loaded
+            data = await self._data(source)
+            loaded += len(data) if isinstance(data, bytes) else 0
+            if loaded > self.limits.max_request_bytes:
+                raise ImageError(
+                    f"The images have more than {self.limits.max_request_bytes / 1e6:g} MB together; send smaller ones.",
+                    code="image_too_large",
+                    param="messages",
+                    status=413,
+                )
+            return await self._picture(source, data, salt)
+
+        tasks = [asyncio.ensure_future(picture(source)) for source in sources]
         try:
-            pictures = await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks)
         except BaseException:
             for task in tasks:
                 task.cancel()
             raise
-        total = sum(len(p.data) for p in pictures if isinstance(p.data, bytes))
-        if total > self.limits.max_request_bytes:
-            raise ImageError(
-                f"The images have {total / 1e6:.1f} MB together; at most {self.limits.max_request_bytes / 1e6:g} are allowed.",
-                code="image_too_large",
-                param="messages",
-                status=413,
-            )
-        return pictures
 
-    async def _picture(self, source: _Source, salt: bytes) -> Picture:
+    async def _picture(self, source: _Source, data: bytes | Image.Image, salt: bytes) -> Picture:
         assert self.processor is not None
-        data = await self._data(source)
-        settings = repr((type(self.processor).__name__, tuple(source.limits))).encode()
-        digest = hashlib.blake2b(key=self._secret, digest_size=32)
+        # Off the event loop: megabytes to hash, and metadata to read.
         if isinstance(data, Image.Image):
-            content = [b"pixels", repr((data.mode, data.size, data.getpalette())).encode(), data.tobytes()]
+            framed = repr((data.mode, data.size)).encode()
+            data = await asyncio.to_thread(media.from_pil, data, self.limits, source.param)
+            identity = await asyncio.to_thread(self._digest, source, salt, b"pixels", framed, data)
         else:
-            content = [b"file", data]
-        for part in (salt, settings, *content):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        identity = digest.digest()
+            identity = await asyncio.to_thread(self._digest, source, salt, b"file", data)
         size = self._sizes.get(identity)
         if size is None:
-            size = data.size if isinstance(data, Image.Image) else self._probe(data, source.param)
+            size = data.size if isinstance(data, Image.Image) else await self._probe(data, source.param)
             self._sizes[identity] = size
             if len(self._sizes) > _KNOWN_SIZES:
                 self._sizes.popitem(last=False)
+        else:
+            self._sizes.move_to_end(identity)
         try:
             plan = self.processor.plan(*size, source.limits)
         except ImageError as error:
@@ -319,37 +350,51 @@ class PromptPipeline:
             raise
         return Picture(identity, data, plan, source.param)
 
-    def _probe(self, data: bytes, param: str) -> tuple[int, int]:
+    def _digest(self, source: _Source, salt: bytes, *content: bytes | Image.Image) -> bytes:
+        """Keyed hash of the tenant, the processor's settings and the picture, each framed by its length."""
+        settings = repr((type(self.processor).__name__, tuple(source.limits))).encode()
+        digest = hashlib.blake2b(key=self._secret, digest_size=32)
+        for part in (salt, settings, *content):
+            raw = part.tobytes() if isinstance(part, Image.Image) else part
+            digest.update(len(raw).to_bytes(8, "little"))
+            digest.update(raw)
+        return digest.digest()
+
+    async def _probe(self, data: bytes, param: str) -> tuple[int, int]:
         self.media.counters.probes += 1
-        return media.probe(data, self.limits, param)
+        return await asyncio.to_thread(media.probe, data, self.limits, param)
 
     async def _data(self, source: _Source) -> bytes | Image.Image:
         value = source.value
-        if self._allow_local:
-            if isinstance(value, Image.Image):
-                return value
-            if isinstance(value, bytes):
-                return value
-            if isinstance(value, Path) or (isinstance(value, str) and not _is_url(value)):
-                return await asyncio.to_thread(Path(value).read_bytes)
-        return await self.media.load(value, source.param)
+        if not self._allow_local or (isinstance(value, str) and _is_url(value)):
+            return await self.media.load(value, source.param)
+        if isinstance(value, (Image.Image, bytes)):
+            return value
+        if not isinstance(value, (str, Path)):
+            raise ImageError(
+                f"An image must be a URL, a path, bytes or a PIL image, not {type(value).__name__}.",
+                code="invalid_image_url",
+                param=source.param,
+            )
+        try:
+            return await asyncio.to_thread(Path(value).read_bytes)
+        except (OSError, ValueError) as error:
+            raise ImageError(
+                f"The image file cannot be read: {error}", code="invalid_image_url", param=source.param
+            ) from error
 
     async def decode(self, picture: Picture) -> np.ndarray:
         """Resized uint8 pixels, in a worker thread and under the budget. Raises `ImageError` for a broken file."""
         width, height = self._sizes.get(picture.digest, (picture.plan.width, picture.plan.height))
-        pixels: np.ndarray = await self._budget.run(3 * width * height, self._pixels, picture)
+        pixels: np.ndarray = await self._budget.run(_DECODE_BYTES_PER_PIXEL * width * height, self._pixels, picture)
         return pixels
 
     def _pixels(self, picture: Picture) -> np.ndarray:
         assert self.processor is not None
-        data = picture.data
-        if isinstance(data, Image.Image):
-            # One code path for all pictures: PNG keeps every pixel.
-            buffer = io.BytesIO()
-            data.save(buffer, "PNG", compress_level=0)
-            data = buffer.getvalue()
-        self.media.counters.decodes += 1
-        image = media.decode(data, self.limits, picture.param)
+        image = picture.data
+        if isinstance(image, bytes):
+            self.media.counters.decodes += 1
+            image = media.decode(image, self.limits, picture.param)
         self.media.counters.resizes += 1
         return self.processor.resize(image, picture.plan)
 

@@ -23,6 +23,9 @@ def report() -> bool:
     except importlib.metadata.PackageNotFoundError:
         print("torch       missing; install a CPU or CUDA build of torch >= 2.11")
         return False
+    from sightline.engine.loop import limit_spinning
+
+    limit_spinning()
     try:
         import torch
     except (ImportError, OSError) as error:

@@ -70,13 +70,19 @@ def read_pixels(run_dir: Path, buffer: PixelBuffer) -> np.ndarray:
     return np.frombuffer(memory, dtype=np.uint8).reshape(buffer.shape)
 
 
-def run_engine(config: EngineConfig, model_dir: Path, run_dir: Path, connection: Connection) -> int:
-    """Load, then serve until `Shutdown`. Returns the exit code; start-up errors are sent as `Fatal` first."""
-    # OpenMP's threads wait by spinning, long enough to starve each other when anything else runs on the cores: a hundred
-    # times slower with two busy neighbours on two cores. A short spin keeps the speed on a quiet machine. Read once, when
-    # torch loads its OpenMP.
+def limit_spinning() -> None:
+    """Bound how long OpenMP's threads spin while they wait; read once, when torch loads its OpenMP.
+
+    By default they spin for milliseconds. With two busy neighbours on two cores that made the engine fifty times slower;
+    a short spin keeps the speed of a quiet machine.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def run_engine(config: EngineConfig, model_dir: Path, run_dir: Path, connection: Connection) -> int:
+    """Load, then serve until `Shutdown`. Returns the exit code; start-up errors are sent as `Fatal` first."""
+    limit_spinning()
     # Imported here: torch takes a second, and the parent should hear of the phase before.
     connection.send([LoadProgress("imports")])
     from sightline.engine.factory import build_core

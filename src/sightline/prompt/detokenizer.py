@@ -32,25 +32,19 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
-        self._tokenizer = tokenizer
         self._stream = tokenizer.stream(skip_special_tokens=skip_special_tokens)
-        next(self._stream)
-        self._skip_special = skip_special_tokens
         self._stop = stop
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._held = ""
-        # Ids since the stream last gave text: an incomplete character, shown as U+FFFD if the answer ends with it.
-        self._incomplete: list[int] = []
 
     def push(self, token_ids: list[int], *, final: bool = False) -> Delta:
         """Add tokens; `final` flushes what was held back."""
         shown: list[str] = []
         for used, token_id in enumerate(token_ids, 1):
             self._num_tokens += 1
-            text = self._stream.send(token_id)
-            self._incomplete = [] if text else [*self._incomplete, token_id]
+            text = self._stream.push(token_id)
             if not text:
                 continue
             self._held += text
@@ -62,9 +56,8 @@ class Detokenizer:
                 return Delta("".join(shown), used, stop)
             shown.append(self._release())
         if final:
-            tail = self._held + self._leftover()
+            shown += [self._held, self._stream.flush()]
             self._held = ""
-            shown.append(tail)
         return Delta("".join(shown), len(token_ids), None)
 
     def _find_stop(self) -> tuple[int, str] | None:
@@ -89,8 +82,3 @@ class Detokenizer:
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return text
-
-    def _leftover(self) -> str:
-        ids = [i for i in self._incomplete if not (self._skip_special and self._tokenizer.is_special(i))]
-        data = b"".join(self._tokenizer.token_bytes(i) for i in ids)
-        return data.decode(errors="replace")

@@ -5,6 +5,8 @@ PYTHON ?= python3
 PORT   ?= 8000
 MODEL  ?=
 ARGS   ?=
+# Test processes side by side; WORKERS=0 runs the tests in one, for a debugger.
+WORKERS ?= 2
 # What pip installs as PyTorch, before everything else. TORCH= (empty) keeps the torch that VENV_ARGS brings:
 #   make venv VENV_ARGS=--system-site-packages TORCH=
 TORCH     ?= -r requirements/torch.txt
@@ -27,7 +29,7 @@ serve: $(RUNTIME) ## start the server with the model in the box (MODEL=... for a
 	@exec $(BIN)/sightline serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(TOOLS) ## run every test that needs no GPU
-	@$(BIN)/python -m pytest -q --ignore=tests/gpu $(ARGS)
+	@$(BIN)/python -m pytest -q --ignore=tests/gpu -n $(WORKERS) $(ARGS)
 
 test-gpu: $(TOOLS) ## run the tests that need a CUDA device (skipped, with the reason, without one)
 	@$(BIN)/python -m pytest -q tests/gpu $(ARGS)

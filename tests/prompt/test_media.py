@@ -295,7 +295,8 @@ def refusal(url: str, limits: MediaLimits = LIMITS) -> ImageError:
     ],
 )
 def test_data_urls(url: str) -> None:
-    assert load(url.format(base64.b64encode(photo()).decode())) == photo()
+    for data in (photo(), photo() * 200):
+        assert load(url.format(base64.b64encode(data).decode())) == data
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,8 @@ def test_data_urls(url: str) -> None:
         ("data:image/png;base64,a b=", "invalid_base64_image"),
         ("data:image/png;base64,ä", "invalid_base64_image"),
         ("data:image/png;base64,====", "invalid_base64_image"),
+        ("data:image/png;base64," + "A" * (2**20 - 2) + "==AAAA", "invalid_base64_image"),
+        ("data:image/png;base64," + "A" * 2**20 + "A", "invalid_base64_image"),
         ("data:text/html;base64,aGk=", "unsupported_image_media_type"),
         ("data:video/jpeg;base64,aGk=", "unsupported_image_media_type"),
         ("", "invalid_image_url"),
@@ -392,6 +395,11 @@ http:///127.0.0.1:{p}/ http://127.0.0.1:{p}?x http://127.0.0.1:{p}#x http://10.0
 http://[2002:808:808::]/ http://[64:ff9b::808:808]/ http://[::ffff:8.8.8.8]/ http://[fe80::1]/ http://[fc00::1]/ http://[2002:7f00:1::]/ http://[64:ff9b::7f00:1]/ http://100.64.0.1/ http://ip6-localhost:{p}/
 gopher://127.0.0.1:{p}/ unix:/var/run/docker.sock file:///etc/passwd //127.0.0.1:{p}/ /etc/passwd ~/x \\\\127.0.0.1\\x
 http+unix://x/ http://127.0.0.1:{p}/a\tb http://a\nb:{p}/ blob:http://127.0.0.1:{p}/ view-source:http://127.0.0.1:{p}/""".split()
+
+
+@pytest.mark.parametrize("host", ["[2002:808:808::]", "[64:ff9b::808:808]", "[::ffff:8.8.8.8]"])
+def test_addresses_inside_addresses_are_no_urls(host: str) -> None:
+    assert refusal(f"http://{host}/").code == "invalid_image_url"
 
 
 def test_hostile_urls_reach_nobody(sink: tuple[int, list[Any]]) -> None:
@@ -570,10 +578,13 @@ def test_redirects_are_checked_like_the_first_url(
     assert accepted == []
 
 
-def test_the_next_address_is_tried(host: Callable[[bytes | Script], str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", [("127.0.0.2", "127.0.0.1"), ("127.0.0.1", "127.0.0.2")])
+def test_any_address_that_answers_will_do(
+    order: tuple[str, ...], host: Callable[[bytes | Script], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = host(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc")
     port = int(url.split(":")[2].split("/")[0])
-    answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in ("127.0.0.2", "127.0.0.1")]
+    answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in order]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: answers)
     assert load(url.replace("127.0.0.1", "two.example"), OPEN) == b"abc"
 

@@ -18,7 +18,18 @@ from tests import tiny
 SIZES = [
     *[(w, h) for w in (1, 2, 3, 13, 14, 15, 27, 28, 29, 41, 42, 43) for h in (1, 14, 28, 29, 42, 100)],
     *[(random.Random(i).randint(1, 400), random.Random(1000 + i).randint(1, 400)) for i in range(110)],
-    *[(200, 1), (1, 200), (1000, 5), (5, 1000), (1920, 1080), (640, 480), (1024, 1024), (300, 1200), (57, 57), (56, 56)],
+    *[
+        (200, 1),
+        (1, 200),
+        (1000, 5),
+        (5, 1000),
+        (1920, 1080),
+        (640, 480),
+        (1024, 1024),
+        (300, 1200),
+        (57, 57),
+        (56, 56),
+    ],
     *[(28 * k + d, 70) for k in range(1, 6) for d in (-1, 0, 1, 13, 14, 15)],
 ]
 
@@ -66,7 +77,9 @@ def test_pixels_and_counts_equal_transformers(chunk: int) -> None:
         pixels = processor().resize(image, plan)
         assert pixels.shape == (plan.height, plan.width, 3)
         assert pixels.dtype == np.uint8
-        np.testing.assert_allclose(patchify(pixels, plan.grid), expected["pixel_values"], atol=1e-6, err_msg=f"{width}x{height}")
+        np.testing.assert_allclose(
+            patchify(pixels, plan.grid), expected["pixel_values"], atol=1e-6, err_msg=f"{width}x{height}"
+        )
 
 
 def test_the_comparison_sees_another_filter() -> None:
@@ -99,7 +112,10 @@ def test_limits_of_a_request_stay_within_the_checkpoints() -> None:
 def test_both_spellings_of_the_bounds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"image_token_id": 7, "vision_config": {}}')
     found = []
-    for text in ('{"min_pixels": 3136, "max_pixels": 12544}', '{"size": {"shortest_edge": 3136, "longest_edge": 12544}}'):
+    for text in (
+        '{"min_pixels": 3136, "max_pixels": 12544}',
+        '{"size": {"shortest_edge": 3136, "longest_edge": 12544}}',
+    ):
         (tmp_path / "preprocessor_config.json").write_text(text)
         mine = Qwen2VLProcessor(tmp_path)
         found.append((mine.min_pixels, mine.max_pixels, mine.factor, mine.image_token_id))

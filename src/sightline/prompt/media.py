@@ -16,7 +16,7 @@ import re
 import socket
 import struct
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,7 @@ class MediaLoader:
         if "%" in payload:
             payload = unquote(payload)
         try:
-            return self._checked(base64.b64decode(payload.encode("ascii"), validate=True))
+            return self._checked(b"".join(_base64_pieces(payload)))
         except (binascii.Error, ValueError) as error:
             raise ImageError("The image's base64 data is not valid.", code="invalid_base64_image") from error
 
@@ -286,6 +286,16 @@ class _GuardedBackend(httpcore2.AsyncNetworkBackend):
 
     async def sleep(self, seconds: float) -> None:
         await self._backend.sleep(seconds)
+
+
+def _base64_pieces(text: str) -> Iterator[bytes]:
+    # One call for it all would keep the interpreter from other threads for tens of milliseconds.
+    step = 1 << 20
+    for at in range(0, len(text), step):
+        piece = base64.b64decode(text[at : at + step].encode("ascii"), validate=True)
+        if at + step < len(text) and len(piece) != step // 4 * 3:
+            raise ValueError("padding before the end")
+        yield piece
 
 
 def is_public(address: str) -> bool:
@@ -475,25 +485,3 @@ def _blocked() -> ImageError:
 
 def _failed(message: str) -> ImageError:
     return ImageError(f"{message} Check the URL, or send the image as a data: URL.", code="failed_to_download_image")
-
-
-class DecodeBudget:
-    """Bounds the pixel bytes being decoded at once; a picture larger than the whole budget waits to be alone."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._used = 0
-        self._freed = asyncio.Condition()
-
-    async def run(self, num_bytes: int, function: Any, *args: Any) -> Any:
-        """Run `function` in a worker thread while holding `num_bytes` of the budget."""
-        share = min(num_bytes, self._total)
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._used + share <= self._total)
-            self._used += share
-        try:
-            return await asyncio.to_thread(function, *args)
-        finally:
-            async with self._freed:
-                self._used -= share
-                self._freed.notify_all()

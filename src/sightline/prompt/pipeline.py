@@ -19,7 +19,7 @@ from PIL import Image
 from sightline.errors import ContextLengthError, ImageError, ModelNotFoundError, RequestError
 from sightline.prompt import media
 from sightline.prompt.chat_template import ChatTemplate, Rendered, Shield, load_source
-from sightline.prompt.media import DecodeBudget, MediaLimits, MediaLoader
+from sightline.prompt.media import MediaLimits, MediaLoader
 from sightline.prompt.processor import (
     HasPlaceholder,
     ImagePlan,
@@ -70,6 +70,28 @@ class Prompt:
     def num_image_tokens(self) -> int:
         """Placeholders of all pictures together."""
         return sum(image.num_tokens for image in self.images)
+
+
+class DecodeBudget:
+    """Bounds the pixel bytes being decoded at once; a picture larger than the whole budget waits to be alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._used = 0
+        self._freed = asyncio.Condition()
+
+    async def run(self, num_bytes: int, function: Any, *args: Any) -> Any:
+        """Run `function` in a worker thread while holding `num_bytes` of the budget."""
+        share = min(num_bytes, self._total)
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._used + share <= self._total)
+            self._used += share
+        try:
+            return await asyncio.to_thread(function, *args)
+        finally:
+            async with self._freed:
+                self._used -= share
+                self._freed.notify_all()
 
 
 class _Source(NamedTuple):

@@ -14,12 +14,12 @@ from queue import Queue
 from random import Random
 from threading import Thread
 
-import dialogue
 import numpy as np
 import render
+import talk
 import torch
 import world
-from dialogue import Message
+from talk import Message
 from tokenizers import Tokenizer
 from world import Picture
 
@@ -57,7 +57,10 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-        special = {t: tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")}
+        special = {
+            t: tokenizer.token_to_id(t)
+            for t in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+        }
         self.start, self.end, self.vision_start, self.vision_end, self.pad_image = special.values()
         self.newline = self.encode("\n")
         self.heads = {r: [self.start, *self.encode(r + "\n")] for r in ("system", "user", "assistant")}
@@ -66,7 +69,13 @@ class Writer:
         ids: list[int] = []
         for n, i in enumerate(m.images):
             label = self.encode(f"Image {n + 1}: ") if m.glue and len(m.images) > 1 and not m.images_last else []
-            ids += [*label, self.vision_start, *[self.pad_image] * image_tokens(*sizes[i]), self.vision_end, *(self.encode(m.glue) if m.glue else [])]
+            ids += [
+                *label,
+                self.vision_start,
+                *[self.pad_image] * image_tokens(*sizes[i]),
+                self.vision_end,
+                *(self.encode(m.glue) if m.glue else []),
+            ]
         text = self.encode(m.text)
         return text + ids if m.images_last else ids + text
 
@@ -118,7 +127,9 @@ def partner(rng: Random, first: Picture, h: int, w: int, advance: list[list[floa
     if pick > 0.78:
         i = rng.randrange(len(wanted))
         shape, color = wanted[i]
-        wanted[i] = (rng.choice(world.SHAPES), color) if rng.random() < 0.5 else (shape, rng.choice(tuple(world.COLORS)))
+        wanted[i] = (
+            (rng.choice(world.SHAPES), color) if rng.random() < 0.5 else (shape, rng.choice(tuple(world.COLORS)))
+        )
     return world.scene(rng, h, w, wanted)
 
 
@@ -137,7 +148,7 @@ class Maker:
         rng, n = self.rng, self.sizes.single
         h, w = rng.choices(BUCKETS, TEXT_WEIGHTS if kind == "text" else SCENE_WEIGHTS)[0]
         pics = [self.picture(kind, h, w) for _ in range(n)]
-        talks = [dialogue.textual(rng) if rng.random() < 0.04 else dialogue.single(p, rng) for p in pics]
+        talks = [talk.textual(rng) if rng.random() < 0.04 else talk.single(p, rng) for p in pics]
         return self.finish(talks, [pics], self.sizes.text_len if kind == "text" else self.sizes.scene_len)
 
     def pairs(self) -> dict[str, object]:
@@ -145,15 +156,15 @@ class Maker:
         a, b = (rng.choices(PAIR_BUCKETS, PAIR_WEIGHTS)[0] for _ in range(2))
         first = [self.picture(rng.choice(("scene", "scene", "text")), *a) for _ in range(n)]
         second = [partner(rng, p, *b, self.advance) for p in first]
-        talks = [dialogue.pair([p, q], rng) for p, q in zip(first, second)]
+        talks = [talk.pair([p, q], rng) for p, q in zip(first, second)]
         return self.finish(talks, [first, second], self.sizes.pair_len)
 
     def finish(self, talks: list[list[Message]], pictures: list[list[Picture]], room: int) -> dict[str, object]:
         ids = np.zeros((len(talks), room), np.int16)
         tasks = np.full((len(talks), room), -1, np.int8)
         sizes = [(p[0].h, p[0].w) for p in pictures]
-        for i, talk in enumerate(talks):
-            a, b = self.writer.dialogue(talk, sizes, room)
+        for i, messages in enumerate(talks):
+            a, b = self.writer.dialogue(messages, sizes, room)
             ids[i, : len(a)], tasks[i, : len(b)] = a, b
         return {"ids": ids, "tasks": tasks, "pictures": [pack(p, self.advance) for p in pictures]}
 
@@ -182,7 +193,9 @@ def to_device(value: object, device: torch.device) -> object:
 class Stream:
     """Items from `workers` processes, moved to the device by a thread."""
 
-    def __init__(self, tokenizer: Path, fonts: Path, sizes: Sizes, seed: int, mix: list[str], workers: int, device: torch.device) -> None:
+    def __init__(
+        self, tokenizer: Path, fonts: Path, sizes: Sizes, seed: int, mix: list[str], workers: int, device: torch.device
+    ) -> None:
         context = mp.get_context("spawn")
         queue = context.Queue(maxsize=max(8, workers))
         advance = render.advances(fonts)

@@ -27,14 +27,28 @@ from random import Random
 
 import dialogue
 import numpy as np
+import phrases
 import render
+import talk
 import world
 from dialogue import Turn
 from lexicon import HELD_OUT_WORDS
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from world import Picture
 
-SIZES = ((128, 128), (96, 160), (160, 120), (160, 160), (200, 100), (256, 256), (320, 240), (512, 512), (640, 480), (480, 640), (640, 360))
+SIZES = (
+    (128, 128),
+    (96, 160),
+    (160, 120),
+    (160, 160),
+    (200, 100),
+    (256, 256),
+    (320, 240),
+    (512, 512),
+    (640, 480),
+    (480, 640),
+    (640, 360),
+)
 MAX_PIXELS = 160 * 160
 NUMBERS = {w: str(i) for i, w in enumerate(dialogue.NUMBER)}
 FACTS = re.compile(
@@ -84,16 +98,27 @@ def paint(pic: Picture, rng: Random, folder: Path) -> Image.Image:
     wave = np.sin(u * 2 * math.pi / bg.period / max(1, pic.w / 160))
     noise = Image.fromarray((np.random.default_rng(rng.randrange(1 << 30)).random((6, 6)) * 255).astype(np.uint8))
     soft = np.asarray(noise.resize((pic.w, pic.h), Image.Resampling.BICUBIC)) / 255.0
-    t = (np.zeros_like(u), (u - u.min()) / (u.max() - u.min()), (wave > 0) * 1.0, soft, (wave * np.sin(v / 9) > 0) * 1.0)[bg.kind]
+    t = (
+        np.zeros_like(u),
+        (u - u.min()) / (u.max() - u.min()),
+        (wave > 0) * 1.0,
+        soft,
+        (wave * np.sin(v / 9) > 0) * 1.0,
+    )[bg.kind]
     ground = np.asarray(bg.c1) * (1 - t[..., None]) + np.asarray(bg.c2) * t[..., None]
-    img = Image.fromarray((ground * 255).round().astype(np.uint8)).resize((pic.w * over, pic.h * over), Image.Resampling.NEAREST)
+    img = Image.fromarray((ground * 255).round().astype(np.uint8)).resize(
+        (pic.w * over, pic.h * over), Image.Resampling.NEAREST
+    )
     pen = ImageDraw.Draw(img)
     for o in pic.objs:
         c, s = math.cos(o.angle), math.sin(o.angle)
         for extra, rgb in ((pic.outline, (0.05, 0.05, 0.05)), (0.0, o.rgb)):
             if extra or rgb is o.rgb:
                 r = o.radius + extra
-                points = [((o.x + r * (c * px - s * py)) * over, (o.y + r * (s * px + c * py)) * over) for px, py in render.outline(o.shape)]
+                points = [
+                    ((o.x + r * (c * px - s * py)) * over, (o.y + r * (s * px + c * py)) * over)
+                    for px, py in render.outline(o.shape)
+                ]
                 pen.polygon(points, fill=tuple(round(k * 255) for k in rgb))
     img = img.resize((pic.w, pic.h), Image.Resampling.BOX)
     for line in pic.texts:
@@ -144,8 +169,11 @@ class Exam:
                 return pic
 
     def say(self, turn: Turn, pics: list[Picture]) -> dict:
-        text = dialogue.ask(turn.key, self.rng, held_out=self.held_out, **turn.slots)
-        parts = [{"type": "image_url", "image_url": {"url": encoded(paint(p, self.rng, self.folder), self.rng)}} for p in pics]
+        text = phrases.ask(turn.key, self.rng, held_out=self.held_out, **turn.slots)
+        parts = [
+            {"type": "image_url", "image_url": {"url": encoded(paint(p, self.rng, self.folder), self.rng)}}
+            for p in pics
+        ]
         words = {"type": "text", "text": text}
         return {"role": "user", "content": [*parts, words] if self.rng.random() < 0.7 else [words, *parts]}
 
@@ -163,14 +191,16 @@ class Exam:
 
     def single(self) -> Case:
         functions = (dialogue.q_color, dialogue.q_shape, dialogue.q_describe)
-        case = self.pick("single object: shape, colour", functions, lambda: self.scene(world.kinds(self.rng, 1)))
-        return case
+        return self.pick("single object: shape, colour", functions, lambda: self.scene(world.kinds(self.rng, 1)))
 
     def count(self) -> Case:
         return self.pick("counts to six", (dialogue.q_count,), self.scene)
 
     def relation(self, n: int) -> Case:
-        make = lambda: self.scene([(s, c) for s, c in zip(self.rng.sample(world.SHAPES, n), self.rng.sample(tuple(world.COLORS), n))])  # noqa: E731
+        def make() -> Picture:
+            colors = self.rng.sample(tuple(world.COLORS), n)
+            return self.scene(list(zip(self.rng.sample(world.SHAPES, n), colors)))
+
         functions = (dialogue.q_relation, dialogue.q_relation, dialogue.q_next) if n == 2 else (dialogue.q_relation,)
         case = self.pick(f"relative position, {n} objects", functions, make)
         wanted = facts(case.expected)
@@ -182,11 +212,10 @@ class Exam:
         return self.pick("place in the picture", (dialogue.q_where,), self.scene)
 
     def yesno(self) -> Case:
-        while True:
-            case = self.pick("yes/no", (dialogue.q_yesno,), self.scene)
-            wanted = facts(case.expected)[:1]
-            case.right = lambda a: facts(a)[:1] == wanted
-            return case
+        case = self.pick("yes/no", (dialogue.q_yesno,), self.scene)
+        wanted = facts(case.expected)[:1]
+        case.right = lambda a: facts(a)[:1] == wanted
+        return case
 
     def read(self, kind: str) -> Case:
         pic = self.text(kind)
@@ -216,14 +245,14 @@ class Exam:
             second = partner(rng, first, *self.size(), self.advance) if rng.random() < 0.5 else self.scene()
             if any(t.px * min(1, math.sqrt(MAX_PIXELS / (second.h * second.w))) < 20 for t in second.texts):
                 continue
-            turn = dialogue.brief_pair([first, second], rng)
+            turn = talk.brief_pair([first, second], rng)
             if turn is None or turn.task == "images":
                 continue
             case = self.case("two pictures", turn, [first, second])
             if turn.task in ("pair_describe", "pair_one"):
                 halves = [objects(p) for p in turn.answer.sentence.split("The second image")]
                 if turn.key in ("pair_describe", "pair_one"):
-                    case.right = lambda a: [objects(p) for p in a.split("The second image")] == halves
+                    case.right = lambda a, halves=halves: [objects(p) for p in a.split("The second image")] == halves
             return case
 
     def json(self) -> Case:
@@ -247,17 +276,24 @@ class Exam:
             turn = first and dialogue.follow(first, pic, self.rng)
             if not first or not turn:
                 continue
-            messages = [self.say(first, [pic]), {"role": "assistant", "content": first.answer.sentence}, self.say(turn, [])]
+            messages = [
+                self.say(first, [pic]),
+                {"role": "assistant", "content": first.answer.sentence},
+                self.say(turn, []),
+            ]
             messages[2]["content"] = messages[2]["content"][0]["text"]
             sentence = turn.answer.sentence
-            return Case("follow-up question", messages, sentence, lambda a: a.split(" is ")[-1] == sentence.split(" is ")[-1])
+            return Case(
+                "follow-up question",
+                messages,
+                sentence,
+                lambda a, value=sentence.split(" is ")[-1]: a.split(" is ")[-1] == value,
+            )
 
     def no_image(self) -> Case:
-        text = dialogue.ask(self.rng.choice(("describe", "read", "json")), self.rng, held_out=self.held_out)
-        expected = dialogue.NO_IMAGE
+        text = phrases.ask(self.rng.choice(("describe", "read", "json")), self.rng, held_out=self.held_out)
+        expected = talk.NO_IMAGE
         return Case("no picture given", [{"role": "user", "content": text}], expected, lambda a: a == expected)
-
-
 
 
 GATES: dict[str, tuple[Callable[[Exam], Case], str]] = {
@@ -322,7 +358,9 @@ def main() -> None:
     parser.add_argument("--model", default="sightline-tiny")
     parser.add_argument("--transformers", metavar="DIR", help="score this folder with transformers instead of a server")
     parser.add_argument("--n", type=int, default=200, help="cases per gate")
-    parser.add_argument("--phrasing", choices=("held-out", "training"), default="held-out", help="whose wordings to ask with")
+    parser.add_argument(
+        "--phrasing", choices=("held-out", "training"), default="held-out", help="whose wordings to ask with"
+    )
     parser.add_argument("--seed", type=int, default=20261123)
     parser.add_argument("--only", nargs="+", choices=GATES, default=list(GATES))
     parser.add_argument("--fonts")
@@ -340,7 +378,9 @@ def main() -> None:
         answers = list(pool.map(lambda c: answer(c.messages), cases))
         marks = [c.right(a) for c, a in zip(cases, answers)]
         print(f"| {cases[0].gate} | {goal} | **{100 * sum(marks) / len(marks):.1f} %** | {len(cases)} |", flush=True)
-        wrong += [f"{gate}: wanted {c.expected!r}, got {a!r}" for c, a, m in zip(cases, answers, marks) if not m][: args.show]
+        wrong += [f"{gate}: wanted {c.expected!r}, got {a!r}" for c, a, m in zip(cases, answers, marks) if not m][
+            : args.show
+        ]
     print(f"\n{time.time() - began:.0f} s", *wrong, sep="\n")
 
 

@@ -210,11 +210,14 @@ class Model(nn.Module):
 
     def hidden(self, ids: Tensor, images: list[Tensor]) -> Tensor:
         """ids [b, n] and one picture batch [b, 3, h, w] per slot -> hidden states [b, n, hidden]."""
-        c = self.c
-        features = torch.cat([self.visual(img) for img in images], 1)
-        is_image = ids == c.image_token_id
-        cell = c.patch * c.merge
+        cell = self.c.patch * self.c.merge
         grids = [(i.shape[2] // cell, i.shape[3] // cell) for i in images]
+        return self.decode(ids, torch.cat([self.visual(img) for img in images], 1), grids)
+
+    def decode(self, ids: Tensor, features: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        """The language half: features [b, tokens of all slots, hidden] and the merged grid of each slot."""
+        c = self.c
+        is_image = ids == c.image_token_id
         count = features.shape[1]
         spread = torch.arange(ids.shape[1], device=ids.device) % count  # text rows gather anything, without a hot spot
         index = torch.where(is_image, is_image.long().cumsum(1) - 1, spread).clamp(max=count - 1)
@@ -291,7 +294,9 @@ def hf_config(c: Config, ids: dict[str, int]) -> dict[str, object]:
     }
 
 
-def export(state: dict[str, Tensor], c: Config, ids: dict[str, int], folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def export(
+    state: dict[str, Tensor], c: Config, ids: dict[str, int], folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Weights and JSON files of a Hugging Face folder; the tokenizer is saved by tokenizer.py."""
     folder.mkdir(parents=True, exist_ok=True)
     out = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 from random import Random
 
 IMG = "(image|image|picture|photo)"
@@ -33,7 +33,7 @@ TRAIN: dict[str, list[str]] = {
         "How many {x}?",
         "Count the {x}( in the image| for me|).",
         f"What is the number of {{x}}( in (this|the) {IMG})?",
-        f"(Tell|Can you tell) me how many {{x}} there are.",
+        "(Tell|Can you tell) me how many {x} there are.",
         f"How many {{x}} does (this|the) {IMG} (show|contain|have)?",
         "Please count {x}.",
         "I want to know how many {x} there are.",
@@ -77,7 +77,11 @@ TRAIN: dict[str, list[str]] = {
         "What is in (this|the) (image|picture) and where?",
         "Describe the (size|size and the position|position and the size) of (everything|each object).",
     ],
-    "several_color": ["What (color|colour) are {x}?", "(Tell me|Name|What are) the (colors|colours) of {x}.", "What (colors|colours) do {x} have?"],
+    "several_color": [
+        "What (color|colour) are {x}?",
+        "(Tell me|Name|What are) the (colors|colours) of {x}.",
+        "What (colors|colours) do {x} have?",
+    ],
     "several_where": ["Where are {x}?", "Tell me where {x} are.", "What are the positions of {x}?"],
     "several_size": ["How (big|large) are {x}?", "What size are {x}?", "Tell me the size of {x}."],
     "size": [
@@ -103,6 +107,15 @@ TRAIN: dict[str, list[str]] = {
         "On which side of the {y} is the {x}?",
         "Where is the {x} (seen from|from) the {y}?",
         "How is the {x} placed relative to the {y}?",
+        "(Can|Could) you tell me where the {x} is relative to the {y}?",
+        "Relative to the {y}, where is the {x}?",
+        "Where is the {x}, relative to the {y}?",
+        "(Tell me|Say) where the {x} is relative to the {y}.",
+        "Compared to the {y}, where is the {x}?",
+        "Where is the {x} if you look from the {y}?",
+        "Is the {x} above, below, left or right of the {y}?",
+        "Where does the {x} lie with respect to the {y}?",
+        "What is the place of the {x} relative to the {y}?",
     ],
     "is_relation": [
         "Is the {x} {r} the {y}?",
@@ -110,12 +123,21 @@ TRAIN: dict[str, list[str]] = {
         "Is it true that the {x} is {r} the {y}?",
         "The {x} is {r} the {y}, (right|correct|true or false|yes or no)?",
         "Does the {x} lie {r} the {y}?",
+        "(Would you say|Can you see that|Do you think) the {x} is {r} the {y}?",
+        "Can you see the {x} {r} the {y}?",
+        "(Is|So is) the {x} really {r} the {y}?",
+        "Can you tell me if the {x} is {r} the {y}?",
+        "Tell me if the {x} is {r} the {y}.",
+        "I think the {x} is {r} the {y}. (Is that right|Is it true|Right)?",
     ],
     "next_to": [
         "What is {r} the {y}?",
         "Which (object|shape|thing) is {r} the {y}?",
         "What (do you see|is there) {r} the {y}?",
         "Tell me what is {r} the {y}.",
+        "(Can you tell me what|Name what) is {r} the {y}?",
+        "Name the (object|shape) {r} the {y}.",
+        "Which one is {r} the {y}?",
     ],
     "exists": [
         "Is there {a}( in (this|the) image|)?",
@@ -150,10 +172,18 @@ TRAIN: dict[str, list[str]] = {
     "colors": [
         f"(What|Which) (colors|colours) {SEE}?",
         f"(List|Name) (all|all the|the) (colors|colours)( in the {IMG}|).",
-        f"What are the (colors|colours) of the (shapes|objects)?",
+        "What are the (colors|colours) of the (shapes|objects)?",
     ],
-    "shapes": [f"(What|Which) shapes {SEE}?", f"Name (all|all the|the) shapes( in the {IMG}|).", "Which kinds of shapes are there?"],
-    "background": ["What (color|colour) is the background?", "What is the (color|colour) of the background?", "Which (color|colour) is behind?"],
+    "shapes": [
+        f"(What|Which) shapes {SEE}?",
+        f"Name (all|all the|the) shapes( in the {IMG}|).",
+        "Which kinds of shapes are there?",
+    ],
+    "background": [
+        "What (color|colour) is the background?",
+        "What is the (color|colour) of the background?",
+        "Which (color|colour) is behind?",
+    ],
     "read": [
         "What (does it say|does the image say|does the text say)?",
         f"What (text|word|writing) is (in|on|shown in|written in) (this|the) {IMG}?",
@@ -194,7 +224,10 @@ TRAIN: dict[str, list[str]] = {
         "What do you see? (Answer|Reply|Respond) (in|with|as) JSON.",
         "(JSON|Only JSON), please: what is in the picture?",
     ],
-    "images": ["How many (images|pictures) (do you see|did I send|are there|can you see)?", "Do you see one or two (images|pictures)? How many?"],
+    "images": [
+        "How many (images|pictures) (do you see|did I send|are there|can you see)?",
+        "Do you see one or two (images|pictures)? How many?",
+    ],
     "pair_describe": [
         "I have two very different images. They are not related at all. Please describe the first image in one sentence,"
         " and then describe the second image in another sentence.",
@@ -209,6 +242,15 @@ TRAIN: dict[str, list[str]] = {
         "How (do|are) (the|these) (two |)(images|pictures) (differ|different)?",
         "Compare the (two |)(images|pictures).",
         "I have two images. (Please describe|Describe) both of them.",
+        "(Please tell|Tell|Can you tell) me what the first image shows and what the second image shows.",
+        "Here are two images. Describe the first, then the second.",
+        "What is in the first (image|picture) and what is in the second( one| image| picture|)?",
+        "What (does|do) the first and the second (image|picture) show?",
+        "Describe image one and image two.",
+        "Tell me what is in (both|the two|each of the|these) (images|pictures).",
+        "Here are two (images|pictures). (What do they show|Describe them|What do you see)?",
+        "Describe each (image|picture)( in one sentence|).",
+        "One sentence for the first image and one sentence for the second( image|), please.",
     ],
     "pair_one": [
         "What (is|do you see|can you see) in the {o} (image|picture|one)?",
@@ -216,6 +258,10 @@ TRAIN: dict[str, list[str]] = {
         "What does the {o} (image|picture) show?",
         "(And|Now) (describe |)the {o} (image|picture|one)( only|).",
         "Tell me about the {o} (image|picture).",
+        "(Can|Could) you tell me what is in the {o} (image|picture)?",
+        "Only the {o} (image|picture): what does it show?",
+        "Now only the {o} (image|picture).",
+        "Please describe the {o} (image|picture).",
     ],
     "pair_which": [
         "Which (image|picture|one) (has|shows|contains) {a}?",
@@ -223,22 +269,41 @@ TRAIN: dict[str, list[str]] = {
         "Which of the (two |)(images|pictures) (has|shows|contains) {a}?",
         "Is {a} in the first or (in |)the second (image|picture)?",
         "Where is {a}, in the first or the second (image|picture)?",
+        "Can you tell me which (image|picture) has {a}?",
+        "Which (image|picture) is the one with {a}?",
+        "Tell me which (image|picture) (has|shows) {a}.",
+        "(Do|Does) the first or the second (image|picture) (show|have) {a}?",
     ],
     "pair_same": [
         "Are (they|the images|these images|the two images|the pictures|both pictures) (the same|identical|equal)?",
         "(Do|Does) (both|the two) (images|pictures) show the same( objects| thing| things|)?",
         "Is the second (image|picture) the same as the first( one|)?",
         "Are (these|the) (two |)(images|pictures) (the same|identical)?",
+        "Would you say the two pictures are the same?",
+        "Can you tell me if both (images|pictures) are the same?",
+        "Tell me if the (two |)(images|pictures) show the same( objects|).",
     ],
     "pair_more": [
         "Which (image|picture|one) has more (objects|shapes|things)?",
         "In which (image|picture) are there more (objects|shapes)?",
         "Which of the two (images|pictures) (shows|has|contains) more (objects|shapes)?",
+        "Can you tell me which picture has more shapes?",
+        "Tell me which (image|picture) (has|shows) more objects.",
     ],
-    "pair_count": ["How many {x} are (there |)in the {o} (image|picture)?", "Count the {x} in the {o} (image|picture)."],
-    "pair_color": ["What (color|colour) is the {x} in the {o} (image|picture)?", "In the {o} (image|picture), what (color|colour) is the {x}?"],
+    "pair_count": [
+        "How many {x} are (there |)in the {o} (image|picture)?",
+        "Count the {x} in the {o} (image|picture).",
+    ],
+    "pair_color": [
+        "What (color|colour) is the {x} in the {o} (image|picture)?",
+        "In the {o} (image|picture), what (color|colour) is the {x}?",
+    ],
     "also": ["And the {x}?", "What about the {x}?", "And {x}?", "How about the {x}?"],
-    "also_image": ["And (this one|this image|this picture|this|now|here)?", "What about this (one|image|picture)?", "And what is in this (image|picture|one)?"],
+    "also_image": [
+        "And (this one|this image|this picture|this|now|here)?",
+        "What about this (one|image|picture)?",
+        "And what is in this (image|picture|one)?",
+    ],
     "it_where": ["Where is it?", "And where is it?", "Where in the image is it?", "Where?"],
     "it_color": ["What (color|colour) is it?", "And its (color|colour)?", "Which (color|colour) is it?"],
     "it_size": ["How (big|large) is it?", "And its size?", "What size is it?"],
@@ -253,7 +318,13 @@ TRAIN: dict[str, list[str]] = {
         "Introduce yourself.",
         "Are you (a human|an AI|ChatGPT|a robot|GPT|a model)?",
     ],
-    "thanks": ["Thanks!", "Thank you(!|.| very much!| so much!)", "(Great|Nice|Good|Perfect), thanks!", "(Good|Great) (job|work)!", "Bye!"],
+    "thanks": [
+        "Thanks!",
+        "Thank you(!|.| very much!| so much!)",
+        "(Great|Nice|Good|Perfect), thanks!",
+        "(Good|Great) (job|work)!",
+        "Bye!",
+    ],
     "other": [
         "What is the capital of (France|Spain|Italy|Germany|Japan|Peru)?",
         "(Write|Tell me) a (poem|story|joke|song) about (the sea|a cat|love|a dog|winter).",
@@ -271,29 +342,38 @@ TRAIN: dict[str, list[str]] = {
 }
 
 HELD_OUT: dict[str, list[str]] = {
-    "describe": ["Please tell me what this image contains.", "Describe the photo for me.", "In one sentence, what do you see here?"],
+    "describe": [
+        "Please tell me what this image contains.",
+        "Describe the photo for me.",
+        "In one sentence, what do you see here?",
+    ],
     "count": ["Can you count the {x} here?", "What number of {x} do you see?", "How many {x} are visible?"],
     "color": ["Can you tell me which colour the {x} has?", "What would you say is the color of the {x}?"],
     "shape": ["Can you name the shape of the {x} object?", "The {x} thing has what shape?"],
     "single_color": ["What color does this object have?", "Can you tell me the color of this shape?"],
     "single_shape": ["Can you name this shape?", "What is the shape you see?"],
     "where": ["At what place in the picture is the {x}?", "Can you tell me where to find the {x}?"],
-    "relation": ["Relative to the {y}, where is the {x}?", "Can you tell me where the {x} is relative to the {y}?"],
-    "is_relation": ["Would you say the {x} is {r} the {y}?", "Can you see the {x} {r} the {y}?"],
-    "next_to": ["Can you tell me what is {r} the {y}?", "Name the object {r} the {y}."],
+    "relation": [
+        "In which direction from the {y} is the {x}?",
+        "How does the {x} lie relative to the {y}?",
+        "Where can I see the {x}, relative to the {y}?",
+    ],
+    "is_relation": ["Does the {x} appear {r} the {y}?", "Is it right that the {x} is {r} the {y}?"],
+    "next_to": ["What can you see {r} the {y}?", "What object do you see {r} the {y}?"],
     "exists": ["Can you find {a}?", "Does it have {a}?", "Is there {a} here?"],
     "is_color": ["Does the {x} have the color {c}?", "Is {c} the color of the {x}?"],
     "read": ["Please read the text in the picture.", "Can you tell me what is written?", "What text do you see here?"],
     "read_bare": ["Please read the word. Reply with the text only."],
     "json": ["Please list what you see in JSON.", "Describe this picture as JSON."],
     "pair_describe": [
-        "Here are two images. Describe the first, then the second.",
-        "Please tell me what the first image shows and what the second image shows.",
+        "Tell me about both images, one sentence for each.",
+        "What does the first image show, and what does the second one show?",
+        "Say what you see in image one and in image two.",
     ],
-    "pair_one": ["Can you tell me what is in the {o} picture?"],
-    "pair_which": ["Can you tell me which image has {a}?", "Which picture is the one with {a}?"],
-    "pair_same": ["Would you say the two pictures are the same?", "Can you tell me if both images are the same?"],
-    "pair_more": ["Can you tell me which picture has more shapes?"],
+    "pair_one": ["I want to know what the {o} image shows."],
+    "pair_which": ["Find {a}: is it in the first image or in the second?", "Name the image that has {a}."],
+    "pair_same": ["Do you think the pictures are the same?", "Is it true that both images are the same?"],
+    "pair_more": ["Where do you see more shapes, in the first or in the second image?"],
     "greet": ["Hello, nice to see you!"],
     "who": ["Can you tell me who you are?"],
 }
@@ -301,7 +381,7 @@ HELD_OUT: dict[str, list[str]] = {
 CHOICE = re.compile(r"\(([^()]*)\)")
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(template: str) -> tuple[str | tuple[str, ...], ...]:
     """Literal pieces and choices in turn; templates have no nested choices left after one innermost pass."""
     parts: list[str | tuple[str, ...]] = []
@@ -330,7 +410,18 @@ def ask(key: str, rng: Random, held_out: bool = False, **slots: str) -> str:
     return text.replace(" ?", "?").replace(" .", ".").strip()
 
 
-POLITE = ("Please tell me: ", "Hello! ", "Hi! ", "Hi, ", "Look at this. ", "Look at the image. ", "Question: ", "OK. ", "Hey, ", "Now, ")
+POLITE = (
+    "Please tell me: ",
+    "Hello! ",
+    "Hi! ",
+    "Hi, ",
+    "Look at this. ",
+    "Look at the image. ",
+    "Question: ",
+    "OK. ",
+    "Hey, ",
+    "Now, ",
+)
 
 
 def noisy(text: str, rng: Random) -> str:

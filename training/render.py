@@ -41,7 +41,20 @@ def outline(shape: str) -> list[tuple[float, float]]:
         return [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)]
     if shape == "cross":
         a, b = 0.33, 0.95
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     outer = [(0.95 * math.cos(t), 0.95 * math.sin(t)) for t in np.linspace(0.75, 2 * math.pi - 0.75, 60)]
     end = outer[-1]
     centre, radius = (0.55, 0.0), math.hypot(end[0] - 0.55, end[1])
@@ -79,7 +92,9 @@ def atlases(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         for shape in SHAPES:
             big = Image.new("L", (SHAPE_TILE * 8,) * 2)
             centre = SHAPE_TILE * 4
-            ImageDraw.Draw(big).polygon([(centre + x * radius * 8, centre + y * radius * 8) for x, y in outline(shape)], fill=255)
+            ImageDraw.Draw(big).polygon(
+                [(centre + x * radius * 8, centre + y * radius * 8) for x, y in outline(shape)], fill=255
+            )
             shapes.append(np.asarray(big.resize((SHAPE_TILE,) * 2, Image.Resampling.BOX)))
     glyphs = []
     for size in GLYPH_SIZES:
@@ -92,7 +107,9 @@ def atlases(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(shapes), np.stack(glyphs)
 
 
-def rows(pic: Picture, advance: list[list[float]]) -> tuple[list[list[float]], list[list[float]], list[list[float]], list[float]]:
+def rows(
+    pic: Picture, advance: list[list[float]]
+) -> tuple[list[list[float]], list[list[float]], list[list[float]], list[float]]:
     """Outline, shape and glyph sprite rows and the ground row of one picture."""
     edges, shapes, glyphs = [], [], []
     half = SHAPE_TILE / 2
@@ -102,7 +119,18 @@ def rows(pic: Picture, advance: list[list[float]]) -> tuple[list[list[float]], l
                 continue
             radius = o.radius + extra
             level = max(i for i, r in enumerate(SHAPE_RADII) if r >= 0.8 * radius or i == 0)
-            out.append([level * len(SHAPES) + SHAPES.index(o.shape), o.x, o.y, half, half, radius / SHAPE_RADII[level], o.angle, *rgb])
+            out.append(
+                [
+                    level * len(SHAPES) + SHAPES.index(o.shape),
+                    o.x,
+                    o.y,
+                    half,
+                    half,
+                    radius / SHAPE_RADII[level],
+                    o.angle,
+                    *rgb,
+                ]
+            )
     for t in pic.texts:
         level = 0 if t.px > 27 else 1
         scale = t.px / GLYPH_SIZES[level]
@@ -137,7 +165,9 @@ def sprites(atlas: torch.Tensor, row: torch.Tensor, h: int, w: int) -> torch.Ten
     return F.grid_sample(tiles, grid, align_corners=False)[:, 0]
 
 
-def paint(img: torch.Tensor, atlas: torch.Tensor, row: torch.Tensor, owner: torch.Tensor, one_color: bool) -> torch.Tensor:
+def paint(
+    img: torch.Tensor, atlas: torch.Tensor, row: torch.Tensor, owner: torch.Tensor, one_color: bool
+) -> torch.Tensor:
     """Lays sprites (which do not overlap inside one layer) over img [b, 3, h, w]; owner [m] names the picture.
 
     `one_color` says that all sprites of a picture have one colour, which is much cheaper.
@@ -166,7 +196,9 @@ def backdrop(ground: torch.Tensor, h: int, w: int) -> torch.Tensor:
     wave = torch.sin(u * (2 * math.pi) / period)
     stripes = (wave * 6).clamp(-0.5, 0.5) + 0.5
     checks = (wave * torch.sin(v * (2 * math.pi) / period) * 6).clamp(-0.5, 0.5) + 0.5
-    t = torch.where(kind == 1, gradient, torch.where(kind == 2, stripes, torch.where(kind == 3, soft.clamp(0, 1), checks)))
+    t = torch.where(
+        kind == 1, gradient, torch.where(kind == 2, stripes, torch.where(kind == 3, soft.clamp(0, 1), checks))
+    )
     t = torch.where(kind == 0, 0.0, t)[:, None]
     return ground[:, 1:4, None, None] * (1 - t) + ground[:, 4:7, None, None] * t
 
@@ -201,7 +233,9 @@ class Renderer:
         self.shapes, self.glyphs = torch.tensor(shapes, device=device), torch.tensor(glyphs, device=device)
 
     @torch.no_grad()
-    def draw(self, layers: list[tuple[torch.Tensor, torch.Tensor]], ground: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    def draw(
+        self, layers: list[tuple[torch.Tensor, torch.Tensor]], ground: torch.Tensor, h: int, w: int
+    ) -> torch.Tensor:
         """Pictures [b, 3, h, w] in 0..1, rounded to 8 bits; layers are (rows, owner) of outlines, shapes and glyphs."""
         img = backdrop(ground, h, w)
         for atlas, (row, owner), one_color in zip((self.shapes, self.shapes, self.glyphs), layers, (True, False, True)):

@@ -67,7 +67,7 @@ def pictures(advance: list[list[float]]) -> dict[str, Picture]:
     }  # fmt: skip
 
 
-ORDER = "I have two very different images. They are not related at all. Please describe the first image in one sentence, and then describe the second image in another sentence."  # noqa: E501
+ORDER = "I have two very different images. They are not related at all. Please describe the first image in one sentence, and then describe the second image in another sentence."
 GOLDEN: list[tuple[str, list[tuple[str, list[str]]], str]] = [
     ("scene", [("What's in this image?", ["shapes.png"])], "The image shows a red circle, a blue square and a green triangle."),
     ("counting", [("How many stars are there?", ["counting.png"])], "There are five stars."),
@@ -90,7 +90,12 @@ def messages(turns: list[tuple[str, list[str]]]) -> list[dict]:
     out: list[dict] = []
     for i, (text, names) in enumerate(turns):
         parts = [{"type": "image", "image": n} for n in names]
-        out.append({"role": ("user", "assistant")[i % 2], "content": [*parts, {"type": "text", "text": text}] if parts else text})
+        out.append(
+            {
+                "role": ("user", "assistant")[i % 2],
+                "content": [*parts, {"type": "text", "text": text}] if parts else text,
+            }
+        )
     return out
 
 
@@ -99,7 +104,10 @@ def with_urls(talk: list[dict], folder: Path) -> list[dict]:
         if p["type"] != "image":
             return p
         data = base64.b64encode((folder / p["image"]).read_bytes()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/{'jpeg' if p['image'].endswith('jpg') else 'png'};base64,{data}"}}
+        return {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/{'jpeg' if p['image'].endswith('jpg') else 'png'};base64,{data}"},
+        }
 
     return [m if isinstance(m["content"], str) else {**m, "content": [part(p) for p in m["content"]]} for m in talk]
 
@@ -117,7 +125,11 @@ def main() -> None:
     for name, pic in pictures(render.advances(fonts)).items():
         img = evaluate.paint(pic, rng, fonts)
         img.save(folder / name, **({"quality": 90} if name.endswith("jpg") else {"optimize": True}))
-    answer = evaluate.by_server(args.base_url, "sightline-tiny") if args.base_url else evaluate.by_transformers(str(DEMO / "sightline-tiny"))
+    answer = (
+        evaluate.by_server(args.base_url, "sightline-tiny")
+        if args.base_url
+        else evaluate.by_transformers(str(DEMO / "sightline-tiny"))
+    )
     wrong = 0
     for name, turns, expected in GOLDEN:
         given = answer(with_urls(messages(turns), folder))

@@ -9,6 +9,7 @@ import data
 import dialogue
 import numpy as np
 import render
+import talk
 import torch
 from PIL import Image, ImageDraw
 from world import Picture, scene, text_picture
@@ -34,8 +35,13 @@ def main(path: str, seed: int = 5) -> None:
         pic = scene(rng, h, w) if i % 2 else text_picture(rng, h, w, advance)
         x, y = i % 5 * 340, i // 5 * 250
         sheet.paste(Image.fromarray(draw_batch(renderer, [pic], advance)[0]), (x, y))
-        talk = [m.text for m in dialogue.single(pic, rng)][-4:]
-        pen.multiline_text((x, y + 195), "\n".join(t[:56] for t in [dialogue.describe(pic).sentence, *talk]), fill="black", font_size=10)
+        lines = [m.text for m in talk.single(pic, rng)][-4:]
+        pen.multiline_text(
+            (x, y + 195),
+            "\n".join(t[:56] for t in [dialogue.describe(pic).sentence, *lines]),
+            fill="black",
+            font_size=10,
+        )
     sheet.save(path)
 
 

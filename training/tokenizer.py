@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-import dialogue
+import talk
 import world
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -60,7 +60,7 @@ def corpus(rng: Random, n: int) -> tuple[Counter[str], Counter[str]]:
             world.scene(rng, 128, 128) if rng.random() < 0.7 else world.text_picture(rng, 128, 128, advance, strings)
             for _ in range(2)
         ]
-        messages = (dialogue.single(pics[0], rng), dialogue.pair(pics, rng), dialogue.textual(rng))[i % 3]
+        messages = (talk.single(pics[0], rng), talk.pair(pics, rng), talk.textual(rng))[i % 3]
         for m in messages:
             (answers if m.role == "assistant" else questions).update(t for t, _ in split.pre_tokenize_str(m.text))
     return questions, answers
@@ -71,7 +71,12 @@ def build() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {t for t, n in answers.items() if n >= 6 and len(t) > 1}
     words |= {t for t, n in questions.items() if n >= 20 and len(t) > 1 and (t[0] in "Ġ<" or t[0].isupper())}
-    words |= {"Ġ" + w for w in ("seven", "eight", "nine", "ten", "zero", "user", "tool")} | {"user", "assistant", "system", "tool"}
+    words |= {"Ġ" + w for w in ("seven", "eight", "nine", "ten", "zero", "user", "tool")} | {
+        "user",
+        "assistant",
+        "system",
+        "tool",
+    }
     words = {t for t in words if not any(c.isdigit() for c in t) and (t[-4:] == "JSON" or not t.lstrip("Ġ").isupper())}
     vocab = {t: i for i, t in enumerate(alphabet + sorted(words))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))

@@ -47,7 +47,9 @@ def loss_of(logits: Tensor, target: Tensor, task: Tensor) -> tuple[Tensor, Tenso
     return (nll * (task >= 0)).sum(), logits.argmax(-1) == target
 
 
-def forward(model: Model, batch: dict, images: list[Tensor], device: torch.device, loss_fn=loss_of) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    model: Model, batch: dict, images: list[Tensor], device: torch.device, loss_fn=loss_of
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss over answer tokens, right [b, n - 1] and task [b, n - 1]."""
     ids, task = batch["ids"].long(), batch["tasks"].long()[:, 1:]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -56,7 +58,9 @@ def forward(model: Model, batch: dict, images: list[Tensor], device: torch.devic
     return total / (task >= 0).sum().clamp(min=1), right, task
 
 
-def score(model: Model, items: list[list[dict]], renderer: render.Renderer, device: torch.device) -> dict[str, tuple[float, int]]:
+def score(
+    model: Model, items: list[list[dict]], renderer: render.Renderer, device: torch.device
+) -> dict[str, tuple[float, int]]:
     """Share of whole answers right per task. All tokens right under teacher forcing is what greedy decoding yields.
 
     Gradients stay on, unused, so that the graphs compiled for training serve here too.
@@ -84,8 +88,12 @@ def compile_parts(model: Model) -> None:
         block.compile(dynamic=False)
 
 
-def save(path: Path, model: Model, ema: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, float]) -> None:
-    torch.save({"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "progress": progress}, path)
+def save(
+    path: Path, model: Model, ema: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, float]
+) -> None:
+    torch.save(
+        {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "progress": progress}, path
+    )
 
 
 def write(folder: Path, model: Model, ema: list[Tensor], config: Config, ids: dict[str, int]) -> None:
@@ -105,11 +113,16 @@ def train(args: argparse.Namespace) -> None:
     progress = state["progress"] if state else {"seconds": 0.0, "steps": 0, "dialogues": 0, "calls": 0}
     progress["calls"] += 1
     sizes = Sizes(*args.sizes)
-    stream = Stream(tokenizer_path, fonts, sizes, args.seed * 100 + int(progress["calls"]), args.mix, args.workers, device)
+    stream = Stream(
+        tokenizer_path, fonts, sizes, args.seed * 100 + int(progress["calls"]), args.mix, args.workers, device
+    )
     renderer, model = render.Renderer(fonts, device), Model(config).to(device)
     params = list(model.parameters())
     decay = [p for p in params if p.dim() > 1]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": 0.05},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.peak, betas=(0.9, 0.98), fused=device.type == "cuda")
     ema = [p.detach().clone() for p in params]
     if state:
@@ -123,7 +136,9 @@ def train(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         compile_parts(model)
         loss_fn = torch.compile(loss_of, dynamic=False)
-    print(f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters, vocabulary {config.vocab_size}, {device}", flush=True)
+    print(
+        f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters, vocabulary {config.vocab_size}, {device}", flush=True
+    )
     held_out = [next(stream) for _ in range(args.eval_items)]
     budget, before = args.minutes * 60, progress["seconds"]
     steps, dialogues = int(progress["steps"]), int(progress["dialogues"])
@@ -134,7 +149,11 @@ def train(args: argparse.Namespace) -> None:
         seconds = before + time.time() - began
         if seconds >= budget or time.time() - began >= args.stop_after:
             break
-        rate = args.peak * min(1, (steps + 1) / args.warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, seconds / budget))))
+        rate = (
+            args.peak
+            * min(1, (steps + 1) / args.warm)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, seconds / budget))))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         t = time.time()
@@ -181,14 +200,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="model folder, also holds the checkpoint")
     parser.add_argument("--minutes", type=float, default=19.0, help="training time over all calls")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which this call ends")
-    parser.add_argument("--init", type=Path, help="folder of an earlier export to begin from (its tokenizer.json is used)")
+    parser.add_argument(
+        "--init", type=Path, help="folder of an earlier export to begin from (its tokenizer.json is used)"
+    )
     parser.add_argument("--peak", type=float, default=1.2e-3, help="highest learning rate")
     parser.add_argument("--warm", type=int, default=300, help="steps of linear warm-up")
     parser.add_argument("--mix", nargs="+", default=["text", "scene", "scene", "pair"], help="batches of one step")
     parser.add_argument("--fonts", help="folder with the DejaVu faces (default: matplotlib's)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--sizes", type=int, nargs=5, default=(512, 161, 225, 256, 353), help="see data.Sizes")
-    parser.add_argument("--weights", type=float, nargs="+", default=(0.24, 0.28, 0.28, 0.2), help="loss weight of each batch of the mix")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=(0.24, 0.28, 0.28, 0.2), help="loss weight of each batch of the mix"
+    )
     parser.add_argument("--eval-items", type=int, default=4)
     parser.add_argument("--every", type=float, default=10.0)
     parser.add_argument("--score-every", type=float, default=60.0)

@@ -145,6 +145,32 @@ class DecoderConfig:
         )
 
 
+class AroundDecoder:
+    """Config of a model around a decoder `text`: the sizes that the engine reads are the decoder's."""
+
+    text: DecoderConfig
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head."""
+        return self.text.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the decoder."""
+        return self.text.hidden_size
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the decoder's MLP."""
+        return self.text.intermediate_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest context of the release."""
+        return self.text.max_position_embeddings
+
+
 def text_config(fields: Fields, model_type: str, defaults: dict[str, Any] | None = None) -> DecoderConfig:
     """The decoder of a `model_type` ("llama", "mistral" or "qwen2"). defaults: as for `DecoderConfig.from_fields`."""
     return DecoderConfig.from_fields(

@@ -13,11 +13,11 @@ from sightline.layers.embedding import place_features
 from sightline.layers.linear import Linear
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
-from sightline.models.decoder import Decoder, DecoderConfig, text_config
+from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig, text_config
 
 
 @dataclass(frozen=True)
-class TextModelConfig:
+class TextModelConfig(AroundDecoder):
     """config.json of a text-only checkpoint."""
 
     model_type: ClassVar[str]
@@ -38,26 +38,6 @@ class TextModelConfig:
             tie_word_embeddings=fields.get(bool, "tie_word_embeddings", default=False),
             dtype=fields.get(str, "dtype", "torch_dtype", default=None),
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the output head."""
-        return self.text.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the decoder."""
-        return self.text.hidden_size
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width of the decoder's MLP."""
-        return self.text.intermediate_size
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest context of the release."""
-        return self.text.max_position_embeddings
 
 
 class LlamaConfig(TextModelConfig):

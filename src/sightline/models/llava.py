@@ -25,7 +25,7 @@ from sightline.layers.embedding import place_features
 from sightline.layers.linear import Linear
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
-from sightline.models.decoder import TEXT_DEFAULTS, Decoder, DecoderConfig, text_config
+from sightline.models.decoder import TEXT_DEFAULTS, AroundDecoder, Decoder, DecoderConfig, text_config
 from sightline.models.vit import VisionTower, VitConfig
 
 # (rows of tiles, height, width): height and width of the map in features, after its margins were cut off. (0, 0, 0) is the
@@ -83,7 +83,7 @@ _TOWERS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class LlavaConfig:
+class LlavaConfig(AroundDecoder):
     """Both halves and what joins them. newline: whether there is an `image_newline`. max_tiles: maps of more features than
     so many tiles have are shrunk; None for no bound."""
 
@@ -174,26 +174,6 @@ class LlavaConfig:
             max_tiles=_max_tiles(fields, "image_aspect_ratio", "square"),
             dtype=fields.get(str, "dtype", "torch_dtype", default=None),
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the output head."""
-        return self.text.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the decoder."""
-        return self.text.hidden_size
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width of the decoder's MLP."""
-        return self.text.intermediate_size
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest context of the release."""
-        return self.text.max_position_embeddings
 
 
 def tower_fields(fields: Fields) -> Fields:

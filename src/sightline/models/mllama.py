@@ -23,7 +23,7 @@ from sightline.layers.norm import RMSNorm
 from sightline.layers.rotary import Rotary
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
-from sightline.models.decoder import Decoder, DecoderConfig, DecoderLayer, DecoderMLP
+from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig, DecoderLayer, DecoderMLP
 from sightline.models.mllama_vision import Grid, MllamaVisionConfig, VisionTower, gate
 
 # Rows of the embedding beyond the vocabulary: the picture's placeholder is the first of them, and is never generated.
@@ -46,7 +46,7 @@ _ROPE_THETA = 500000.0
 
 
 @dataclass(frozen=True)
-class MllamaConfig:
+class MllamaConfig(AroundDecoder):
     """Both halves. cross_attention_layers: indices of the decoder layers that look at pictures and at nothing else."""
 
     text: DecoderConfig
@@ -80,26 +80,6 @@ class MllamaConfig:
             vision=MllamaVisionConfig.from_fields(vision_fields, Fields(preprocessor, "preprocessor_config.json")),
             image_token_id=image_token_id,
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the output head."""
-        return self.text.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the decoder."""
-        return self.text.hidden_size
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width of the decoder's MLP."""
-        return self.text.intermediate_size
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest context of the release."""
-        return self.text.max_position_embeddings
 
 
 class CrossAttention(nn.Module):

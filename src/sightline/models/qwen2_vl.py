@@ -19,7 +19,7 @@ from sightline.layers.parameter import Slot
 from sightline.layers.rotary import Rotary, apply_rotary, inverse_frequencies, tables
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
-from sightline.models.decoder import Decoder, DecoderConfig
+from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig
 
 Grid = tuple[int, int, int]
 
@@ -104,7 +104,7 @@ class Qwen2VLVisionConfig:
 
 
 @dataclass(frozen=True)
-class Qwen2VLConfig:
+class Qwen2VLConfig(AroundDecoder):
     """Both halves; `from_hf` reads the flat layout of 2024 and the nested one of transformers 5."""
 
     vision_class: ClassVar[type[Qwen2VLVisionConfig]] = Qwen2VLVisionConfig
@@ -143,26 +143,6 @@ class Qwen2VLConfig:
             dtype=(nested or top).get(str, "dtype", "torch_dtype", default=None)
             or top.get(str, "dtype", "torch_dtype", default=None),
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the output head."""
-        return self.text.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the decoder."""
-        return self.text.hidden_size
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width of the decoder's MLP."""
-        return self.text.intermediate_size
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest context of the release."""
-        return self.text.max_position_embeddings
 
 
 class PatchProjection(Linear):

@@ -27,28 +27,37 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_listens_before_it_is_ready() -> None:
-    with ServerProcess([str(tiny.qwen2_vl())]) as server:
-        server.wait_for("/livez", timeout=10)
-        ready = requests.get(f"{server.base_url}/readyz", timeout=5)
-        assert ready.status_code == 503
-        assert int(ready.headers["retry-after"]) >= 1
-        assert ready.json()["error"]["code"] == "server_starting"
-        startup = requests.get(f"{server.base_url}/startupz", timeout=5).json()
-        assert startup["state"] == "loading"
-        assert startup["elapsed_seconds"] >= 0
-        early = requests.post(f"{server.base_url}/v1/chat/completions", json={"messages": ask("x")}, timeout=5)
-        assert early.status_code == 503
-        assert requests.get(f"{server.base_url}/v1/models", timeout=5).status_code == 503
-        server.wait_ready()
-        assert requests.get(f"{server.base_url}/health", timeout=5).status_code == 200
-        assert requests.get(f"{server.base_url}/health_generate", timeout=5).status_code == 200
-        assert requests.get(f"{server.base_url}/startupz", timeout=5).json()["state"] == "ready"
-        log = server.log()
-        for phase in ("imports", "weights", "warm-up"):
-            assert f"loading: {phase}" in log
-        assert "pages of 16 tokens" in log
-        assert "a picture of 1024x1024 takes" in log
-        assert server.terminate() == 0
+    """Loading a tiny model takes a second or two; a machine that stalls just then gets another try."""
+    for _ in range(3):
+        with ServerProcess([str(tiny.qwen2_vl())]) as server:
+            server.wait_for("/livez", timeout=20)
+            ready = requests.get(f"{server.base_url}/readyz", timeout=5)
+            startup = requests.get(f"{server.base_url}/startupz", timeout=5)
+            early = requests.post(f"{server.base_url}/v1/chat/completions", json={"messages": ask("x")}, timeout=5)
+            models = requests.get(f"{server.base_url}/v1/models", timeout=5)
+            server.wait_ready()
+            if models.status_code == 200:
+                continue
+            assert models.status_code == early.status_code == ready.status_code == startup.status_code == 503
+            assert int(ready.headers["retry-after"]) >= 1
+            assert ready.json()["error"]["code"] == "server_starting"
+            assert startup.json()["state"] == "loading"
+            assert startup.json()["elapsed_seconds"] >= 0
+            _check_ready(server)
+            assert server.terminate() == 0
+            return
+    pytest.fail("the server was ready before it answered anything, three times")
+
+
+def _check_ready(server: ServerProcess) -> None:
+    assert requests.get(f"{server.base_url}/health", timeout=5).status_code == 200
+    assert requests.get(f"{server.base_url}/health_generate", timeout=5).status_code == 200
+    assert requests.get(f"{server.base_url}/startupz", timeout=5).json()["state"] == "ready"
+    log = server.log()
+    for phase in ("imports", "weights", "warm-up"):
+        assert f"loading: {phase}" in log
+    assert "pages of 16 tokens" in log
+    assert "a picture of 1024x1024 takes" in log
 
 
 def test_sglangs_command_line_is_the_same_server() -> None:

@@ -2,7 +2,8 @@
 
 The same checkpoint, dtype, thread count, pictures, questions and number of new tokens on both sides; greedy. Each
 measured picture is new to both, so no cache helps. Rounds alternate which side goes first, and medians are printed with
-their ranges, so that a busy machine shows. Both sides start at encoded bytes and end at token ids, which are compared.
+their ranges, so that a busy machine shows. Each side is a process of its own, as a server would be, so that one's idle
+threads do not slow the other. Both start at encoded bytes and end at token ids, which are compared.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any
 
 import msgspec
 
-from sightline import Engine, SamplingParams, demo
-from sightline.bench.peer import Answer, PeerMissingError, Question, TransformersPeer
+from sightline import demo
+from sightline.bench.peer import Answer, PeerMissingError, Question
 from sightline.bench.report import environment, table
 from sightline.bench.serving import make_picture
+from sightline.bench.sides import Side
 
 QUESTION = "What is in this picture?"
 
@@ -70,45 +72,8 @@ class Comparison(msgspec.Struct):
         return b.median / a.median if a.unit == "ms" else a.median / b.median
 
 
-class SightlineSide:
-    """The offline engine: the server's own core in this process."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._engine = Engine(plan.model, num_threads=plan.num_threads, dtype=plan.dtype, device="cpu")
-
-    def _messages(self, question: Question) -> list[dict[str, Any]]:
-        content = [{"type": "image", "image": question.picture}, {"type": "text", "text": question.text}]
-        return [{"role": "user", "content": content}]
-
-    def _sampling(self, num_tokens: int) -> SamplingParams:
-        return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-
-    def answer(self, question: Question, num_tokens: int) -> Answer:
-        """One request alone, with the time of its first token."""
-        began = time.perf_counter()
-        first, tokens = None, []
-        for delta in self._engine.stream(self._messages(question), self._sampling(num_tokens)):
-            if first is None and delta.token_ids:
-                first = time.perf_counter() - began
-            tokens += delta.token_ids
-        return Answer(tokens, first, time.perf_counter() - began)
-
-    def answer_batch(self, questions: Sequence[Question], num_tokens: int) -> list[Answer]:
-        """All at once, as they would arrive at a server."""
-        began = time.perf_counter()
-        outputs = self._engine.chat([self._messages(q) for q in questions], self._sampling(num_tokens))
-        total = time.perf_counter() - began
-        return [Answer(output.outputs[0].token_ids, None, total) for output in outputs]
-
-    def close(self) -> None:
-        self._engine.close()
-
-
 def compare(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Comparison:
     """Run all rounds. `say` hears about progress."""
-    say("loading transformers ...")
-    peer = TransformersPeer(Path(plan.model), num_threads=plan.num_threads, dtype=plan.dtype)
-    say("loading sightline ...")
     samples: dict[tuple[str, str], Samples] = {}
     equal = compared = 0
 
@@ -126,7 +91,11 @@ def compare(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Compa
         )
         record(side, "answer, one client", "ms", 1e3 * answer.total)
 
-    with contextlib.closing(SightlineSide(plan)) as ours:
+    with contextlib.ExitStack() as stack:
+        say("loading transformers ...")
+        peer = stack.enter_context(Side("transformers", plan.model, plan.num_threads, plan.dtype))
+        say("loading sightline ...")
+        ours = stack.enter_context(Side("sightline", plan.model, plan.num_threads, plan.dtype))
         pictures = questions(plan)
         say("warming up ...")
         warm = [next(pictures) for _ in range(plan.concurrency)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -59,34 +60,43 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
         """One forward over all rows packed; sampling for the rows that reached their newest token."""
-        input_ids = self._to_device(
-            np.concatenate([r.request.ids(r.start, r.start + r.q_len) for r in rows]), torch.int64
-        )
-        positions = self._to_device(np.concatenate([_positions(r) for r in rows], axis=1), torch.int64)
-        image_rows, features = (None, None) if self.cross_attention else self._image_rows(rows)
-        batch = self._attention_batch(rows, num_decode)
+        ends = list(accumulate(r.q_len for r in rows))
+        input_ids, positions = self._tokens(rows, num_decode)
+        image_rows, features = (None, None) if self.cross_attention else self._image_rows(rows, num_decode)
+        batch = self._attention_batch(rows, num_decode, ends)
         self.backend.prepare(batch)
         cross = self._cross_attention_batch(rows) if self.cross_attention else None
         ctx = ForwardContext(self.backend, self.cache, batch, cross)
+        newest = [end - 1 for end, row in zip(ends, rows, strict=True) if row.sample]
+        wanted = self._to_device(np.asarray(newest), torch.int64) if len(newest) < ends[-1] else None
         hidden = self.model.embed(input_ids, image_rows, features)
-        hidden = self.model.forward(hidden, positions if self.model.uses_mrope else positions[0], ctx)
-        sampling = [
-            (end - 1, r.request) for end, r in zip(np.cumsum([r.q_len for r in rows]), rows, strict=True) if r.sample
-        ]
-        if not sampling:
+        hidden = self.model.forward(hidden, positions if self.model.uses_mrope else positions[0], ctx, wanted)
+        if not newest:
             return []
-        if len(sampling) < hidden.shape[0]:
-            hidden = hidden[torch.tensor([int(i) for i, _ in sampling], device=self.device)]
         logits = self.model.logits(hidden)
-        out = self.sampler.sample(logits, [request.sampling_state for _, request in sampling])
+        out = self.sampler.sample(logits, [row.request.sampling_state for row in rows if row.sample])
         return [Sampled(t, lp) for t, lp in zip(out.token_ids, out.logprobs, strict=True)]
 
-    def _image_rows(self, rows: Sequence[ScheduledRow]) -> tuple[Tensor | None, Tensor | None]:
+    def _tokens(self, rows: Sequence[ScheduledRow], num_decode: int) -> tuple[Tensor, Tensor]:
+        """Ids [T] and rotary positions [3, T]. A decode row is its request's newest token, behind every known position."""
+        decode = rows[:num_decode]
+        newest = np.fromiter((r.request.output_ids[-1] for r in decode), np.int64, num_decode)
+        places = np.fromiter((r.start + r.request.position_delta for r in decode), np.int64, num_decode)
+        ids, positions = [newest], [np.broadcast_to(places, (3, num_decode))]
+        for row in rows[num_decode:]:
+            ids.append(row.request.ids(row.start, row.start + row.q_len))
+            positions.append(_positions(row))
+        return (
+            self._to_device(np.concatenate(ids), torch.int64),
+            self._to_device(np.concatenate(positions, axis=1), torch.int64),
+        )
+
+    def _image_rows(self, rows: Sequence[ScheduledRow], num_decode: int) -> tuple[Tensor | None, Tensor | None]:
         """Packed rows that are placeholders, and their features, for the pictures that the chunks touch."""
         where: list[np.ndarray] = []
         features: list[Tensor] = []
-        base = 0
-        for row in rows:
+        base = num_decode
+        for row in rows[num_decode:]:
             if row.request.images:
                 end = row.start + row.q_len
                 for image in row.request.images_in(row.start, end):
@@ -118,24 +128,24 @@ class ModelRunner:
         in_order = len(index) == base and bool((index == np.arange(base)).all())
         return CrossAttentionBatch(None if in_order else self._to_device(index, torch.int64), groups)
 
-    def _attention_batch(self, rows: Sequence[ScheduledRow], num_decode: int) -> AttentionBatch:
+    def _attention_batch(self, rows: Sequence[ScheduledRow], num_decode: int, ends: Sequence[int]) -> AttentionBatch:
         size = self.cache.page_size
-        q_lens = [r.q_len for r in rows]
         kv_lens = [r.start + r.q_len for r in rows]
         page_table = np.zeros((len(rows), -(-max(kv_lens) // size)), dtype=np.int32)
         for line, row, kv_len in zip(page_table, rows, kv_lens, strict=True):
             used = -(-kv_len // size)
             line[:used] = row.request.pages[:used]
-        slots = [
-            page_table[i, p // size].astype(np.int64) * size + p % size
-            for i, p in enumerate(np.arange(r.start, r.start + r.q_len) for r in rows)
-        ]
+        decode = rows[:num_decode]
+        slots = [np.fromiter((r.request.pages[r.start // size] * size + r.start % size for r in decode), np.int64)]
+        for line, row in zip(page_table[num_decode:], rows[num_decode:], strict=True):
+            p = np.arange(row.start, row.start + row.q_len)
+            slots.append(line[p // size].astype(np.int64) * size + p % size)
         return AttentionBatch(
-            cu_seqlens_q=self._to_device(np.cumsum([0, *q_lens]), torch.int32),
+            cu_seqlens_q=self._to_device(np.asarray([0, *ends]), torch.int32),
             kv_lens=self._to_device(np.asarray(kv_lens), torch.int32),
             page_table=self._to_device(page_table, torch.int32),
             slot_mapping=self._to_device(np.concatenate(slots), torch.int64),
-            q_lens_cpu=q_lens,
+            q_lens_cpu=[r.q_len for r in rows],
             kv_lens_cpu=kv_lens,
             num_decode=num_decode,
         )

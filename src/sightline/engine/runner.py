@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +19,9 @@ from sightline.engine.pictures import views
 from sightline.engine.sampler import Sampler, SamplingState
 from sightline.engine.scheduler import ScheduledRow
 from sightline.types import ImageRef, SamplingParams
+
+# Multiply-adds of one MLP matrix below which a CPU step runs on one thread.
+_SERIAL_BELOW = 1 << 21
 
 
 class ModelRunner:
@@ -42,6 +46,8 @@ class ModelRunner:
         self.device = device
         self.eos_token_ids = tuple(eos_token_ids)
         self.cross_attention = has_cross_attention(model)
+        config: Any = model.config
+        self.serial_rows = _SERIAL_BELOW // (config.hidden_size * config.intermediate_size)
 
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> SamplingState:
         return self.sampler.new_state(sampling, prompt_ids, self.eos_token_ids, index)
@@ -61,6 +67,13 @@ class ModelRunner:
     def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
         """One forward over all rows packed; sampling for the rows that reached their newest token."""
         ends = list(accumulate(r.q_len for r in rows))
+        if self.device.type == "cpu" and ends[-1] <= self.serial_rows:
+            with _one_thread():
+                return self._execute(rows, num_decode, ends)
+        return self._execute(rows, num_decode, ends)
+
+    def _execute(self, rows: Sequence[ScheduledRow], num_decode: int, ends: Sequence[int]) -> list[Sampled]:
+        """ends: where each row's tokens end among the packed ones."""
         input_ids, positions = self._tokens(rows, num_decode)
         image_rows, features = (None, None) if self.cross_attention else self._image_rows(rows, num_decode)
         batch = self._attention_batch(rows, num_decode, ends)
@@ -155,6 +168,17 @@ class ModelRunner:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For steps so small that waking a second thread for each operation takes longer than the operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def has_cross_attention(model: nn.Module) -> bool:

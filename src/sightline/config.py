@@ -70,6 +70,14 @@ class EngineConfig(BaseModel):
     chunked_prefill_size: int | None = setting(
         None, "Tokens of one step; 8192 on a GPU, 2048 on a CPU by default.", "max-num-batched-tokens", ge=1
     )
+    disable_overlap_schedule: bool = setting(
+        False, "On a GPU, wait for the tokens of each step before the next one is prepared."
+    )
+    sampling_backend: Literal["auto", "pytorch"] = setting("auto", "Sampling has one implementation, in PyTorch.")
+    disable_cuda_graph: bool = setting(False, "On a GPU, launch the kernels of a decode step one by one.")
+    cuda_graph_max_bs: int | None = setting(
+        None, "Largest batch that has a CUDA graph; all that can occur by default.", ge=1
+    )
     disable_radix_cache: bool = setting(False, "Compute every prompt in full, without the prefix cache.")
     vision_cache_gb: float | None = setting(
         None, "Budget of encoded pictures in GiB; 4 on a GPU, 0.25 on a CPU by default.", ge=0

@@ -109,43 +109,92 @@ class State:
     num_drawn: int = 0
 
 
+@dataclass
+class Step:
+    """A launched step of the fake device: what its samples see, and then the tokens, until the core collects them."""
+
+    rows: list[ScheduledRow]
+    slots: list[bytes]
+    tokens: list[int] | None = None
+
+
 class HashRunner:
-    """`Runner` over slots of 16 bytes. Asserts what a real device would silently corrupt."""
+    """`Runner` over slots of 16 bytes. Asserts what a real device would silently corrupt.
+
+    The newest token of a request is known to the device alone until its step is collected. poisoned: (request id, index) of
+    choices that break any step they are part of; bad_pictures: digests that cannot be encoded.
+    """
 
     def __init__(self, pool: PagePool, vision_cache: VisionCache, work: Workload) -> None:
         self.page_size = work.page_size
         self.pool = pool
         self.vision_cache = vision_cache
-        self.max_step_tokens = work.max_step_tokens
-        self.beside_text = work.beside_text
+        self.work = work
         self.slots = np.zeros(((pool.num_total + 1) * work.page_size, 16), dtype=np.uint8)
         self.fail_next = ""
+        self.poisoned: dict[tuple[str, int], str] = {}
+        self.bad_pictures: set[bytes] = set()
         self.num_steps = 0
+        self._newest: dict[int, int] = {}
+        self._ready_at: dict[bytes, int] = {}
 
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> State:
         return State(index)
 
+    def features_ready(self, digest: bytes) -> bool:
+        return self.vision_cache.is_filled(digest) and self._ready_at[digest] <= self.num_steps
+
     def encode(self, images: Sequence[ImageRef], pixels: Sequence[bytes]) -> list[bytes]:
         assert len({i.digest for i in images}) == len(images), "a picture is encoded twice in one step"
-        if self.fail_next == "encode":
-            self.fail_next = ""
-            raise PlannedError("encode")
+        self._fail_if_planned("encode", any(i.digest in self.bad_pictures for i in images))
+        for image in images:
+            self._ready_at[image.digest] = self.num_steps + self.work.encoder_lag
         return list(pixels)
 
-    def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
+    def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Step:
         self.num_steps += 1
         assert rows, "an empty step"
         assert len({id(r.request) for r in rows}) == len(rows), "a request twice in one step"
-        assert sum(r.q_len for r in rows) <= self.max_step_tokens, "more tokens than a step may have"
+        num_tokens = sum(r.q_len for r in rows)
+        assert num_tokens <= self.work.max_step_tokens, "more tokens than a step may have"
+        assert not num_decode or num_tokens <= max(num_decode, self.work.max_mixed_tokens or num_tokens)
         assert all(r.q_len == 1 and r.sample for r in rows[:num_decode]), "a decode row of another length"
         assert all(r.start == r.request.num_computed and r.q_len > 0 for r in rows)
-        if self.fail_next == "execute":
-            self.fail_next = ""
-            raise PlannedError("execute")
+        self._fail_if_planned("forward", self._poison("forward", rows))
         self._check_writes(rows)
         for row in rows:
             self._write(row)
-        return [self._sample(row) for row in rows if row.sample]
+        sampling = [row for row in rows if row.sample]
+        for row in sampling:
+            assert row.start + row.q_len == row.request.num_tokens, "a sample before the newest token"
+            assert len(row.request.output_ids) + row.request.num_in_flight < row.request.max_tokens
+        slots = [self.slots[self._slots(r.request, r.request.num_tokens)].tobytes() for r in sampling]
+        return Step(sampling, slots)
+
+    def sample(self, step: Step) -> None:
+        assert step.tokens is None, "sampled twice"
+        self._fail_if_planned("sample", self._poison("sample", step.rows))
+        step.tokens = []
+        for row, slots in zip(step.rows, step.slots, strict=True):
+            state: State = row.request.sampling_state
+            step.tokens.append(draw(slots, state.index, state.num_drawn))
+            state.num_drawn += 1
+            self._newest[id(row.request)] = step.tokens[-1]
+
+    def collect(self, step: Step) -> list[Sampled]:
+        assert step.tokens is not None, "collected before it was sampled"
+        tokens, step.tokens = step.tokens, None
+        return [Sampled(token) for token in tokens]
+
+    def _poison(self, where: str, rows: Sequence[ScheduledRow]) -> bool:
+        return any(self.poisoned.get((r.request.request_id, r.request.index)) == where for r in rows)
+
+    def _fail_if_planned(self, where: str, always: bool) -> None:
+        if not always and self.fail_next != where:
+            return
+        # One passing fault a step: a second one, while the requests are tried one by one, would rightly end its request.
+        self.fail_next = ""
+        raise PlannedError(where if always else "passing")
 
     def _check_writes(self, rows: Sequence[ScheduledRow]) -> None:
         written: list[int] = []
@@ -166,19 +215,20 @@ class HashRunner:
         request, end = row.request, row.start + row.q_len
         where = self._slots(request, end)
         before = self.slots[where[row.start - 1]].tobytes() if row.start else chain(b"start", request.cache_salt)
-        for position, token in enumerate(request.ids(row.start, end).tolist(), row.start):
+        if request.num_in_flight:
+            assert row.q_len == 1, "a prefill of a token that is in flight"
+            ids = [self._newest[id(request)]]
+        else:
+            ids = request.ids(row.start, end).tolist()
+        for position, token in enumerate(ids, row.start):
             seen = seen_by(request.images, position, self.beside_text, self.vision_cache.get)
             assert self.beside_text or (token == PAD) == bool(seen), "a placeholder without features, or the reverse"
             before = slot_hash(before, token, position, seen)
             self.slots[where[position]] = np.frombuffer(before, dtype=np.uint8)
 
-    def _sample(self, row: ScheduledRow) -> Sampled:
-        request = row.request
-        assert row.start + row.q_len == request.num_tokens, "a sample before the newest token"
-        state: State = request.sampling_state
-        token = draw(self.slots[self._slots(request, request.num_tokens)].tobytes(), state.index, state.num_drawn)
-        state.num_drawn += 1
-        return Sampled(token)
+    @property
+    def beside_text(self) -> bool:
+        return self.work.beside_text
 
 
 @dataclass
@@ -202,10 +252,13 @@ class Workload:
     context_length: int
     num_pages: int
     max_step_tokens: int
+    max_mixed_tokens: int | None
     max_running: int
     max_encode_tokens: int
     vision_bytes: int
     use_radix: bool
+    overlap: bool
+    encoder_lag: int
     beside_text: bool
     num_requests: int
     fault_rate: float
@@ -228,10 +281,13 @@ class Workload:
             context_length=context_length,
             num_pages=minimum + rng.choice([0, 0, 1, 2, minimum, 4 * minimum]),
             max_step_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
+            max_mixed_tokens=rng.choice([None, None, 1, 4, 9]),
             max_running=rng.choice([1, 2, 3, 8, 16]),
             max_encode_tokens=rng.choice([1, 10, 30]),
             vision_bytes=rng.choice([0, 8, 14, 20, 40, 1000]),
             use_radix=rng.random() < 0.8,
+            overlap=rng.random() < 0.6,
+            encoder_lag=rng.choice([0, 0, 1, 4]),
             beside_text=rng.random() < 0.3,
             num_requests=rng.randint(3, 24),
             fault_rate=rng.choice([0.0, 0.0, 0.05]),
@@ -293,19 +349,27 @@ class Simulation:
         config = SchedulerConfig(
             page_size=work.page_size,
             max_step_tokens=work.max_step_tokens,
+            max_mixed_tokens=work.max_mixed_tokens,
             max_running=work.max_running,
             max_encode_tokens=work.max_encode_tokens,
             image_token_bytes=1,
             num_features=lambda image: image.grid[2],
             cross_attention=work.beside_text,
         )
-        self.scheduler = Scheduler(config, self.pool, self.radix, self.vision_cache)
+        ready = self.runner.features_ready if work.encoder_lag else lambda digest: True
+        self.scheduler = Scheduler(config, self.pool, self.radix, self.vision_cache, ready)
         self.core = EngineCore(
-            self.scheduler, self.runner, eos_token_ids=[EOS], context_length=work.context_length, clock=lambda: 0.0
+            self.scheduler,
+            self.runner,
+            eos_token_ids=[EOS],
+            context_length=work.context_length,
+            overlap=work.overlap,
+            clock=lambda: 0.0,
         )
         self.choices: dict[tuple[str, int], Choice] = {}
         self.previous: list[list[list[int] | int]] = []
         self.pixels_due: list[tuple[int, bytes, str]] = []
+        self.ever_bad: set[bytes] = set()
         self.tick = 0
         self.added = 0
         self.met: Counter[str] = Counter()
@@ -349,7 +413,14 @@ class Simulation:
             # prefix cache might never get anywhere.
             self.scheduler.retract(rng.choice(self.scheduler.running))
         if rng.random() < work.fault_rate:
-            self.runner.fail_next = rng.choice(["encode", "execute"])
+            self.runner.fail_next = rng.choice(["encode", "forward", "sample"])
+        if live and rng.random() < work.fault_rate:
+            choice = rng.choice(live)
+            self.runner.poisoned[choice.message.request_id, choice.index] = rng.choice(["forward", "sample"])
+        if rng.random() < work.fault_rate:
+            pictures = [image.digest for c in live for image in c.message.images]
+            self.runner.bad_pictures = {rng.choice(pictures)} if pictures else set()
+            self.ever_bad |= self.runner.bad_pictures
 
     def _add(self) -> None:
         message = self._continued(self.work.request(self.added, self.previous))
@@ -398,11 +469,11 @@ class Simulation:
         assert not self.core.abort("nobody")
 
     def _step(self) -> None:
-        before = self.runner.num_steps
+        before, in_flight = self.runner.num_steps, self.core._flight is not None
         events = self.core.step()
         self._receive(events)
         # A loop that believes a stalled engine busy would spin; the reverse would sleep for ever.
-        tried = self.runner.num_steps > before or any(isinstance(e, TokenEvent) for e in events)
+        tried = in_flight or self.runner.num_steps > before or any(isinstance(e, TokenEvent) for e in events)
         assert self.core.stalled == (not tried)
         if self.core.stalled:
             assert any(self._is_live(r) for _, _, r in self.pixels_due), (
@@ -438,8 +509,11 @@ class Simulation:
         if reason is FinishReason.ABORT:
             assert choice.aborted, "aborted by nobody"
         elif reason is FinishReason.ERROR:
-            assert self.work.fault_rate, f"an error that nobody planned: {event.error}"
-            assert "PlannedError" in (event.error or ""), event.error
+            # A fault that passes ends nobody, and a lasting one only the request that brings it.
+            poisoned = (event.request_id, event.index) in self.runner.poisoned
+            bad = any(image.digest in self.ever_bad for image in choice.message.images)
+            where = (event.error or "").split()[-1]
+            assert bad if where == "encode" else poisoned and where in ("forward", "sample"), event.error
             self.met[f"error in {(event.error or '').split()[-1]}"] += 1
         elif reason is not None:
             assert choice.tokens == choice.expected, "it ended early"

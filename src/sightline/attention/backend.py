@@ -74,7 +74,12 @@ class AttentionBatch:
 
 
 class AttentionBackend(abc.ABC):
-    """Causal self-attention over the paged cache. One instance serves all layers and steps."""
+    """Causal self-attention over the paged cache. One instance serves all layers and steps.
+
+    capturable: decode batches can be part of a CUDA graph, because launches depend on the tensors' shapes alone.
+    """
+
+    capturable = False
 
     @abc.abstractmethod
     def prepare(self, batch: AttentionBatch) -> None:

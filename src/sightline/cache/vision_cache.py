@@ -46,6 +46,11 @@ class VisionCache:
         """The features are here, or will be before the next step computes."""
         return digest in self._entries
 
+    def is_filled(self, digest: bytes) -> bool:
+        """The features are here."""
+        entry = self._entries.get(digest)
+        return entry is not None and entry.filled
+
     def get(self, digest: bytes) -> Any:
         """The features; KeyError when there are none. Makes the entry the most recently used."""
         entry = self._entries[digest]

@@ -35,7 +35,11 @@ class Sampled(NamedTuple):
 
 
 class Runner(Protocol):
-    """What the core needs of a model; the simulation tests supply one whose tokens are hashes of their context."""
+    """What the core needs of a model; the simulation tests supply one whose tokens are hashes of their context.
+
+    `forward` and `sample` only start work and return; `collect` waits for it. Between a step's `forward` and its `sample` the
+    core collects the step before.
+    """
 
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> Any:
         """Sampling state of one choice."""
@@ -43,14 +47,28 @@ class Runner(Protocol):
     def encode(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> list[Any]:
         """Features of each picture, to be kept in the vision cache."""
 
-    def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
-        """Compute the rows, write their K/V, and sample for those with `sample`, in order."""
+    def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Any:
+        """Compute the rows and write their K/V; returns the step. A decode row's token may still be in flight."""
+
+    def sample(self, step: Any) -> None:
+        """Choose the next token of every row with `sample`."""
+
+    def collect(self, step: Any) -> list[Sampled]:
+        """Those tokens, in order."""
+
+
+class _Flight(NamedTuple):
+    """A launched step whose tokens are not known yet."""
+
+    batch: Batch
+    step: Any
 
 
 class EngineCore:
     """Requests in, token events out. Not thread-safe: one thread owns it.
 
-    eos_token_ids end a choice unless it ignores them. context_length bounds prompt plus answer.
+    eos_token_ids end a choice unless it ignores them. context_length bounds prompt plus answer. overlap: prepare and
+    launch a step before the tokens of the one before are known, for a device that computes on its own.
     """
 
     def __init__(
@@ -60,6 +78,7 @@ class EngineCore:
         *,
         eos_token_ids: Iterable[int],
         context_length: int,
+        overlap: bool = False,
         decode_log_interval: int = 40,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,15 +86,17 @@ class EngineCore:
         self.runner = runner
         self.eos_token_ids = frozenset(eos_token_ids)
         self.context_length = context_length
+        self.overlap = overlap
         self.stats = EngineStats(pages_total=scheduler.pool.num_total)
         self.stalled = False
         self._requests: dict[tuple[str, int], Request] = {}
+        self._flight: _Flight | None = None
         self._log = _StepLog(scheduler, decode_log_interval, clock)
 
     @property
     def idle(self) -> bool:
-        """Nothing is waiting or running."""
-        return self.scheduler.idle
+        """Nothing is waiting, running or in flight."""
+        return self.scheduler.idle and self._flight is None
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -133,7 +154,10 @@ class EngineCore:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenEvent | NeedPixels]:
-        """Run one batch. Returns its tokens, and what the engine needs to go on; empty when nothing could run."""
+        """Launch one batch, and end the one before (or, without overlap, this one).
+
+        Returns tokens, and what the engine needs to go on; empty when nothing could run.
+        """
         batch = self.scheduler.schedule()
         events: list[TokenEvent | NeedPixels] = [
             NeedPixels(request.request_id, digests)
@@ -141,44 +165,114 @@ class EngineCore:
             if not request.finished
         ]
         # Every request waits for pixels: only a message can change that.
-        self.stalled = batch is None
+        self.stalled = batch is None and self._flight is None
         if batch is None:
-            return events
-        try:
-            self._encode(batch)
-            sampled = self.runner.execute(batch.rows, batch.num_decode)
-        except Exception as error:
-            if _is_fatal(error):
-                raise
-            logger.exception("a step failed; its %d requests end with an error", len(batch.rows))
-            return events + self._fail(batch, error)
+            return events + self._land()
         self.stats.steps += 1
-        events += self._commit(batch, sampled)
-        self._log.step(batch, len(sampled))
+        self.stats.cached_tokens += batch.num_cached_tokens
+        events += self._encode(batch)
+        if not batch.rows:
+            return events + self._land()
+        try:
+            step = self.runner.forward(batch.rows, batch.num_decode)
+            events += self._land()
+            self.runner.sample(step)
+        except Exception as error:
+            _reraise_if_fatal(error)
+            logger.exception("a step of %d requests failed; they are tried in smaller groups", len(batch.rows))
+            return events + self._land() + self._isolate(batch.rows, batch.num_decode)
+        self._launched(batch.rows)
+        self._flight = _Flight(batch, step)
+        if not self.overlap:
+            events += self._land()
         return events
 
     def _drain_pixel_requests(self) -> list[tuple[Request, list[bytes]]]:
         asked, self.scheduler.pixel_requests = self.scheduler.pixel_requests, []
         return asked
 
-    def _encode(self, batch: Batch) -> None:
+    def _encode(self, batch: Batch) -> list[TokenEvent]:
+        """Fill the vision cache. A picture that cannot be encoded ends the requests that hold it, and leaves the batch."""
         if not batch.encode:
-            return
-        pixels = [self.scheduler.pixels[image.digest] for image in batch.encode]
-        for image, features in zip(batch.encode, self.runner.encode(batch.encode, pixels), strict=True):
-            self.scheduler.vision_cache.fill(image.digest, features)
-            del self.scheduler.pixels[image.digest]
+            return []
         self.stats.images_encoded += len(batch.encode)
-
-    def _commit(self, batch: Batch, sampled: list[Sampled]) -> list[TokenEvent]:
-        tokens = iter(sampled)
+        try:
+            self._fill(batch.encode)
+            return []
+        except Exception as error:
+            _reraise_if_fatal(error)
+            logger.exception("%d pictures could not be encoded together; they are tried one by one", len(batch.encode))
         events = []
-        for row in batch.rows:
-            self.scheduler.advance(row)
-            if row.sample:
-                events.append(self._append(row.request, next(tokens)))
-        self.stats.cached_tokens += batch.num_cached_tokens
+        for image in batch.encode:
+            holders = [r for r in self._requests.values() if image.digest in r.pinned]
+            try:
+                if holders:
+                    self._fill([image])
+            except Exception as error:
+                _reraise_if_fatal(error)
+                events += [self._fail(request, error) for request in holders]
+            # also when its holders failed for another picture of theirs
+            self.scheduler.vision_cache.discard_unfilled(image.digest)
+        num_decode = sum(not row.request.finished for row in batch.rows[: batch.num_decode])
+        batch.rows = [row for row in batch.rows if not row.request.finished]
+        batch.num_decode = num_decode
         return events
+
+    def _fill(self, images: Sequence[ImageRef]) -> None:
+        scheduler = self.scheduler
+        features = self.runner.encode(images, [scheduler.pixels[image.digest] for image in images])
+        for image, value in zip(images, features, strict=True):
+            scheduler.vision_cache.fill(image.digest, value)
+            del scheduler.pixels[image.digest]
+
+    def _launched(self, rows: Sequence[ScheduledRow]) -> None:
+        for row in rows:
+            if not row.request.finished:
+                self.scheduler.advance(row)
+            row.request.num_in_flight += row.sample
+
+    def _land(self) -> list[TokenEvent]:
+        """End the step in flight, if there is one. Tokens of requests that ended meanwhile are dropped."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        sampled = self.runner.collect(flight.step)
+        events = self._commit(flight.batch.rows, sampled)
+        self._log.step(flight.batch, len(sampled))
+        return events
+
+    def _commit(self, rows: Sequence[ScheduledRow], sampled: Sequence[Sampled]) -> list[TokenEvent]:
+        events = []
+        for row, token in zip((row for row in rows if row.sample), sampled, strict=True):
+            row.request.num_in_flight -= 1
+            if not row.request.finished:
+                events.append(self._append(row.request, token))
+        return events
+
+    def _isolate(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[TokenEvent]:
+        """Run the rows of a failed step in halves of halves, so that only the request that breaks them fails."""
+        decode = [row for row in rows[:num_decode] if not row.request.finished]
+        rows = decode + [row for row in rows[num_decode:] if not row.request.finished]
+        if not rows:
+            return []
+        try:
+            step = self.runner.forward(rows, len(decode))
+            self.runner.sample(step)
+            sampled = self.runner.collect(step)
+        except Exception as error:
+            _reraise_if_fatal(error)
+            if len(rows) == 1:
+                return [self._fail(rows[0].request, error)]
+            half = len(rows) // 2
+            return self._isolate(rows[:half], min(half, len(decode))) + self._isolate(
+                rows[half:], max(len(decode) - half, 0)
+            )
+        self._launched(rows)
+        return self._commit(rows, sampled)
+
+    def _fail(self, request: Request, error: Exception) -> TokenEvent:
+        logger.error("request %s failed: %s: %s", request.request_id, type(error).__name__, error)
+        return self._finish(request, FinishReason.ERROR, error=f"{type(error).__name__}: {error}")
 
     def _append(self, request: Request, sampled: Sampled) -> TokenEvent:
         request.output_ids.append(sampled.token_id)
@@ -196,13 +290,6 @@ class EngineCore:
         return TokenEvent(
             request_id=request.request_id, index=request.index, num_cached_tokens=request.num_cached, **fields
         )
-
-    def _fail(self, batch: Batch, error: Exception) -> list[TokenEvent]:
-        reason = f"{type(error).__name__}: {error}"
-        events = [self._finish(row.request, FinishReason.ERROR, error=reason) for row in batch.rows]
-        for image in batch.encode:
-            self.scheduler.vision_cache.discard_unfilled(image.digest)
-        return events
 
     def snapshot(self) -> EngineStats:
         """Counters and gauges as they stand."""
@@ -222,9 +309,10 @@ class EngineCore:
         )
 
 
-def _is_fatal(error: Exception) -> bool:
+def _reraise_if_fatal(error: Exception) -> None:
     """A CUDA error leaves the context unusable: the process must end."""
-    return "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"
+    if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+        raise error
 
 
 class _StepLog:

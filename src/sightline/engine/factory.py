@@ -20,15 +20,22 @@ from sightline.cache.radix import RadixCache
 from sightline.cache.vision_cache import VisionCache
 from sightline.config import EngineConfig
 from sightline.engine.core import EngineCore
+from sightline.engine.cuda_graph import DecodeGraphs
+from sightline.engine.encoder import Encoder
 from sightline.engine.memory import PAGE_SIZE, module_bytes, plan_memory
-from sightline.engine.runner import ModelRunner, has_cross_attention
+from sightline.engine.peak import largest_picture, measure_peak, step_cache
+from sightline.engine.runner import ModelRunner
 from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import Scheduler, SchedulerConfig
 from sightline.errors import DeviceError
 from sightline.models.loader import architecture, load_model, read_config
+from sightline.registry import FAMILIES
 from sightline.types import EngineRequest, LoadProgress, MemoryPlan, SamplingParams, TokenEvent, ids_to_bytes
 
 logger = logging.getLogger("sightline.engine")
+
+# Tokens of a step that also decodes: what bounds the time between two tokens while others' prompts come in.
+_MAX_MIXED_TOKENS = 2048
 
 
 def build_core(
@@ -37,6 +44,9 @@ def build_core(
     """Raises `StartupError` subclasses that carry the exit code."""
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
+    if device.type == "cuda":
+        # Everything of this thread: beside it, the encoder's stream gives way.
+        torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.random_seed or 0)
@@ -55,39 +65,43 @@ def build_core(
         on_progress=on_bytes,
     )
     on_progress(LoadProgress("memory"))
-    weights = module_bytes(model)
-    max_step = config.chunked_prefill_size or (2048 if device.type == "cpu" else 8192)
-    plan = plan_memory(
-        config,
-        model.kv_spec,
-        weights=weights,
-        activation=0 if device.type == "cpu" else _activation_bytes(model, max_step, dtype),
-        model_context=model.config.max_position_embeddings,
-        dtype=dtype,
-        device=device,
-    )
-    vision_cache = VisionCache(plan.vision_cache)
-    # One page more than planned: page 0 is the null page.
-    pool = PagePool(plan.num_pages + 1)
     eos = eos_token_ids(model_dir, hf_config)
+    max_step = config.chunked_prefill_size or (2048 if device.type == "cpu" else 8192)
+    max_running = config.max_running_requests or (32 if device.type == "cpu" else 256)
+    overlap = device.type == "cuda" and not config.disable_overlap_schedule
     runner = ModelRunner(
         model,
-        cache=KVCache.allocate(
-            num_layers=model.kv_spec.num_layers,
-            num_pages=plan.num_pages + 1,
-            page_size=PAGE_SIZE,
-            num_kv_heads=model.kv_spec.num_kv_heads,
-            head_dim=model.kv_spec.head_dim,
-            dtype=dtype,
-            device=device,
-        ),
+        cache=step_cache(model.kv_spec, max_step, dtype, device),
         backend=TorchSDPABackend(),
-        vision_cache=vision_cache,
+        vision_cache=VisionCache(0),
+        encoder=Encoder(model, device, background=overlap),
         sampler=Sampler(model.config.vocab_size, device, config.random_seed),
         device=device,
         eos_token_ids=eos,
     )
-    scheduler_config = _scheduler_config(model, plan, max_step, dtype)
+    plan = plan_memory(
+        config,
+        model.kv_spec,
+        weights=module_bytes(model),
+        activation=_peak(runner, model_dir, hf_config, max_step, max_running),
+        model_context=model.config.max_position_embeddings,
+        max_running=max_running,
+        dtype=dtype,
+        device=device,
+    )
+    runner.vision_cache = vision_cache = VisionCache(plan.vision_cache)
+    # One page more than planned: page 0 is the null page.
+    pool = PagePool(plan.num_pages + 1)
+    runner.cache = KVCache.allocate(
+        num_layers=model.kv_spec.num_layers,
+        num_pages=plan.num_pages + 1,
+        page_size=PAGE_SIZE,
+        num_kv_heads=model.kv_spec.num_kv_heads,
+        head_dim=model.kv_spec.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    scheduler_config = _scheduler_config(runner, plan, max_step, dtype)
     if not scheduler_config.cross_attention:
         plan = msgspec.structs.replace(plan, image_token_bytes=scheduler_config.image_token_bytes)
     scheduler = Scheduler(
@@ -95,33 +109,67 @@ def build_core(
         pool,
         None if config.disable_radix_cache else RadixCache(pool, PAGE_SIZE),
         vision_cache,
+        runner.features_ready if overlap else lambda digest: True,
     )
     core = EngineCore(
         scheduler,
         runner,
         eos_token_ids=eos,
         context_length=plan.context_length,
+        overlap=overlap,
         decode_log_interval=config.decode_log_interval,
     )
     on_progress(LoadProgress("warm-up"))
     _warm_up(core)
+    if device.type == "cuda" and runner.backend.capturable and not config.disable_cuda_graph:
+        runner.graphs = _capture(config, runner, plan, on_progress)
     return core, plan
 
 
-def _scheduler_config(model: Any, plan: MemoryPlan, max_step: int, dtype: torch.dtype) -> SchedulerConfig:
+def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, max_running: int) -> int:
+    """Bytes of one step's activations; 0 on a CPU, where they are small and nothing is reserved."""
+    if runner.device.type == "cpu":
+        return 0
+    largest = largest_picture(FAMILIES[architecture(hf_config)].processor, model_dir)
+    pictures = []
+    if largest is not None:
+        image, _ = largest
+        pictures = [largest] * max(1, max_step // max(runner.num_features(image), 1))
+    return measure_peak(runner, pictures, max_step=max_step, max_running=max_running)
+
+
+def _capture(
+    config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, on_progress: Callable[[LoadProgress], None]
+) -> DecodeGraphs:
+    graphs = DecodeGraphs(
+        runner.model,
+        runner.cache,
+        runner.backend,
+        max_batch=min(config.cuda_graph_max_bs or plan.max_running_requests, plan.max_running_requests),
+        max_running=plan.max_running_requests,
+        max_pages=-(-plan.context_length // PAGE_SIZE),
+        device=runner.device,
+    )
+    graphs.capture(lambda fraction: on_progress(LoadProgress("graphs", fraction)))
+    return graphs
+
+
+def _scheduler_config(runner: ModelRunner, plan: MemoryPlan, max_step: int, dtype: torch.dtype) -> SchedulerConfig:
+    model = runner.model
     config = SchedulerConfig(
         page_size=PAGE_SIZE,
         max_step_tokens=max_step,
         max_running=plan.max_running_requests,
+        max_mixed_tokens=min(max_step, _MAX_MIXED_TOKENS),
         max_encode_tokens=max_step,
         image_token_bytes=model.config.hidden_size * dtype.itemsize,
     )
-    if not has_cross_attention(model):
+    if not runner.cross_attention:
         return config
     return replace(
         config,
         image_token_bytes=model.feature_width * dtype.itemsize,
-        num_features=lambda image: model.num_features(image.grid),
+        num_features=runner.num_features,
         cross_attention=True,
     )
 
@@ -164,13 +212,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _activation_bytes(model: Any, max_step: int, dtype: torch.dtype) -> int:
-    """Upper bound of one step's activations on a GPU: a few live [max_step, intermediate] tensors, and the logits."""
-    config = model.config
-    wide = max_step * (4 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize
-    return int(wide + 256 * config.vocab_size * 4 * 3) + (2 << 30)
 
 
 def eos_token_ids(model_dir: Path, hf_config: dict) -> tuple[int, ...]:

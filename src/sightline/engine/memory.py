@@ -16,6 +16,8 @@ _GIB = 1 << 30
 # Enough for hundreds of pictures of a small model; a CPU server should not take a laptop's memory by default.
 _CPU_KV_BYTES = 2 * _GIB
 _CPU_VISION_BYTES = _GIB // 4
+# For CUDA graphs, libraries' workspaces and fragmentation.
+_CUDA_RESERVE = 3 * _GIB
 
 
 def plan_memory(
@@ -25,19 +27,22 @@ def plan_memory(
     weights: int,
     activation: int,
     model_context: int,
+    max_running: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> MemoryPlan:
-    """Split what is left after weights and the measured activation peak. All sizes in bytes.
+    """Split what is left after weights and the activation peak. All sizes in bytes.
+
+    weights are allocated already. activation: the peak of one step; on a GPU it counts only where no
+    `mem_fraction_static` says how much is to be left for it.
 
     Raises `OutOfMemoryError` naming the flag that helps, when less than one context of K/V would fit and no context was
     asked for that does.
     """
     per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
-    max_running = config.max_running_requests or (32 if device.type == "cpu" else 256)
     context = config.context_length or model_context
     vision = int(config.vision_cache_gb * _GIB) if config.vision_cache_gb is not None else _default_vision(device)
-    free = _available(config, device) - weights - activation - vision
+    free = _available(config, device, weights, activation) - weights - vision
     if config.max_total_tokens is not None:
         tokens = config.max_total_tokens
     else:
@@ -73,10 +78,13 @@ def _default_vision(device: torch.device) -> int:
     return _CPU_VISION_BYTES if device.type == "cpu" else 4 * _GIB
 
 
-def _available(config: EngineConfig, device: torch.device) -> int:
+def _available(config: EngineConfig, device: torch.device, weights: int, activation: int) -> int:
+    """Bytes for weights, pictures and K/V."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return int(total * (config.mem_fraction_static or 0.9))
+        free, total = torch.cuda.mem_get_info(device)
+        if config.mem_fraction_static is not None:
+            return int(total * config.mem_fraction_static)
+        return free + weights - activation - _CUDA_RESERVE
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(memory * (config.mem_fraction_static or 0.5))
 

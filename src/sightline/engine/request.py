@@ -20,6 +20,9 @@ class Request:
     A step computes tokens num_computed .. num_computed + q_len and samples a new one when it reaches the last. Decoding
     is the special case of one token left, and recomputation after a retraction is nothing but a longer prefill.
 
+    num_in_flight: tokens that launched steps sample and that are not known yet, 0 or 1. They count as tokens, so that the
+    next step can be prepared while the device still computes them.
+
     pages: physical pages, in order; the first `num_tree_pages` belong to the prefix cache (held by a lock on `node`), the
     rest to this request. pinned: digests of the pictures whose features this request holds in the vision cache.
     leader: the first choice of the same request; this one waits until the leader's prompt is in the prefix cache.
@@ -38,6 +41,7 @@ class Request:
     leader: Request | None = None
 
     output_ids: list[int] = field(default_factory=list)
+    num_in_flight: int = 0
     num_computed: int = 0
     num_cached: int = 0
     pages: list[int] = field(default_factory=list)
@@ -55,8 +59,13 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and generated tokens."""
-        return len(self.prompt_ids) + len(self.output_ids)
+        """Prompt and generated tokens, the one in flight included."""
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_in_flight
+
+    @property
+    def all_sampled(self) -> bool:
+        """max_tokens are generated or in flight: there is nothing left to launch."""
+        return len(self.output_ids) + self.num_in_flight >= self.max_tokens
 
     @property
     def remaining(self) -> int:
@@ -66,21 +75,16 @@ class Request:
     @property
     def in_prefill(self) -> bool:
         """More than the newest token is missing, or nothing has been generated yet."""
-        return self.remaining > 1 or not self.output_ids
+        return self.remaining > 1 or not (self.output_ids or self.num_in_flight)
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def all_ids(self) -> np.ndarray:
-        """int32 [num_tokens]."""
-        if not self.output_ids:
-            return self.prompt_ids
-        return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, dtype=np.int32)])
-
     def ids(self, start: int, end: int) -> np.ndarray:
-        """int32 ids of tokens start..end."""
+        """int32 ids of tokens start..end, all known."""
         n = len(self.prompt_ids)
+        assert end <= n + len(self.output_ids), "a token that is still in flight has no id yet"
         if end <= n:
             return self.prompt_ids[start:end]
         tail = np.asarray(self.output_ids[max(start - n, 0) : end - n], dtype=np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -15,8 +16,11 @@ from sightline.attention.backend import AttentionBackend, AttentionBatch, Forwar
 from sightline.attention.cross import CrossAttentionBatch, PictureGroup
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import Sampled
+from sightline.engine.cuda_graph import DecodeGraphs
+from sightline.engine.encoder import Encoder, has_cross_attention
 from sightline.engine.pictures import views
-from sightline.engine.sampler import Sampler, SamplingState
+from sightline.engine.request import Request
+from sightline.engine.sampler import Draw, Sampler, SamplingState
 from sightline.engine.scheduler import ScheduledRow
 from sightline.types import ImageRef, SamplingParams
 
@@ -24,8 +28,21 @@ from sightline.types import ImageRef, SamplingParams
 _SERIAL_BELOW = 1 << 21
 
 
+@dataclass(eq=False)
+class Step:
+    """A launched step. sampling: whose next token it chooses, in the order of its logits."""
+
+    sampling: list[Request]
+    logits: Tensor | None = None
+    draw: Draw | None = None
+    serial: bool = False
+
+
 class ModelRunner:
-    """Owns the device side: model, K/V pages, attention backend, sampler. One step at a time."""
+    """Owns the device side: model, K/V pages, attention backend, encoder, sampler. Launches without waiting.
+
+    graphs: of decode steps; they are used when a step is nothing else.
+    """
 
     def __init__(
         self,
@@ -34,45 +51,73 @@ class ModelRunner:
         cache: KVCache,
         backend: AttentionBackend,
         vision_cache: VisionCache,
+        encoder: Encoder,
         sampler: Sampler,
         device: torch.device,
         eos_token_ids: Sequence[int],
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model: Any = model
         self.cache = cache
         self.backend = backend
         self.vision_cache = vision_cache
+        self.encoder = encoder
         self.sampler = sampler
         self.device = device
         self.eos_token_ids = tuple(eos_token_ids)
+        self.graphs = graphs
         self.cross_attention = has_cross_attention(model)
         config: Any = model.config
         self.serial_rows = _SERIAL_BELOW // (config.hidden_size * config.intermediate_size)
+        # the last step that sampled: its tokens on the device, and whose they are
+        self._newest: Tensor | None = None
+        self._places: dict[Request, int] = {}
 
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> SamplingState:
         return self.sampler.new_state(sampling, prompt_ids, self.eos_token_ids, index)
 
-    @torch.inference_mode()
     def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
-        """pixels: uint8, as the family's processor makes them. Returns the features of each picture: [num_tokens, hidden], or
-        what cross-attention reads."""
-        on_device = [torch.from_numpy(p).to(self.device, non_blocking=True) for p in pixels]
-        features = self.model.encode_images(on_device, [image.grid for image in images])
-        for image, rows in zip(images, features, strict=True):
-            if not self.cross_attention and rows.shape[0] != image.num_tokens:
-                raise ValueError(f"the encoder made {rows.shape[0]} rows for {image.num_tokens} placeholders")
-        return [rows.contiguous() for rows in features]
+        """See `Encoder.encode`."""
+        return self.encoder.encode(images, pixels)
 
-    @torch.inference_mode()
-    def execute(self, rows: Sequence[ScheduledRow], num_decode: int) -> list[Sampled]:
-        """One forward over all rows packed; sampling for the rows that reached their newest token."""
+    def num_features(self, image: ImageRef) -> int:
+        """Features that a picture has in the vision cache."""
+        return self.model.num_features(image.grid) if self.cross_attention else image.num_tokens
+
+    def features_ready(self, digest: bytes) -> bool:
+        """For the scheduler: whether a step could use the picture without waiting for the encoder."""
+        return self.vision_cache.is_filled(digest) and self.encoder.is_done(digest)
+
+    def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Step:
+        """Launch the decoder over all rows packed; logits for the rows that reach their newest token."""
         ends = list(accumulate(r.q_len for r in rows))
-        if self.device.type == "cpu" and ends[-1] <= self.serial_rows:
-            with _one_thread():
-                return self._execute(rows, num_decode, ends)
-        return self._execute(rows, num_decode, ends)
+        step = Step([r.request for r in rows if r.sample])
+        step.serial = self.device.type == "cpu" and ends[-1] <= self.serial_rows
+        with _threads(step.serial), torch.inference_mode():
+            if self._has_graph(rows, num_decode):
+                step.logits = self._replay(rows)
+            else:
+                step.logits = self._launch(rows, num_decode, ends)
+        return step
 
-    def _execute(self, rows: Sequence[ScheduledRow], num_decode: int, ends: Sequence[int]) -> list[Sampled]:
+    def sample(self, step: Step) -> None:
+        """Launch the choice of the next tokens."""
+        if step.logits is None:
+            return
+        with _threads(step.serial), torch.inference_mode():
+            step.draw = self.sampler.launch(step.logits, [r.sampling_state for r in step.sampling])
+        step.logits = None
+        self._newest = step.draw.tokens
+        self._places = {request: i for i, request in enumerate(step.sampling)}
+
+    def collect(self, step: Step) -> list[Sampled]:
+        """Wait for the tokens."""
+        if step.draw is None:
+            return []
+        out = step.draw.result()
+        return [Sampled(t, lp) for t, lp in zip(out.token_ids, out.logprobs, strict=True)]
+
+    def _launch(self, rows: Sequence[ScheduledRow], num_decode: int, ends: Sequence[int]) -> Tensor | None:
         """ends: where each row's tokens end among the packed ones."""
         input_ids, positions = self._tokens(rows, num_decode)
         image_rows, features = (None, None) if self.cross_attention else self._image_rows(rows, num_decode)
@@ -85,29 +130,64 @@ class ModelRunner:
         hidden = self.model.embed(input_ids, image_rows, features)
         hidden = self.model.forward(hidden, positions if self.model.uses_mrope else positions[0], ctx, wanted)
         if not newest:
-            return []
-        logits = self.model.logits(hidden)
-        out = self.sampler.sample(logits, [row.request.sampling_state for row in rows if row.sample])
-        return [Sampled(t, lp) for t, lp in zip(out.token_ids, out.logprobs, strict=True)]
+            return None
+        logits: Tensor = self.model.logits(hidden)
+        return logits
+
+    # -- decode rows ---------------------------------------------------------------------------------------------------
+
+    def _has_graph(self, rows: Sequence[ScheduledRow], num_decode: int) -> bool:
+        if self.graphs is None or num_decode < len(rows) or not self.graphs.covers(num_decode):
+            return False
+        return not self.cross_attention or not any(row.request.images for row in rows)
+
+    def _replay(self, rows: Sequence[ScheduledRow]) -> Tensor:
+        assert self.graphs is not None
+        fields = np.asarray(
+            [
+                self._newest_ids(rows),
+                [row.start + row.request.position_delta for row in rows],
+                _decode_slots(rows, self.cache.page_size),
+                [row.start + 1 for row in rows],
+                self._in_flight(rows),
+            ],
+            dtype=np.int32,
+        )
+        return self.graphs.run(fields, self._page_table(rows), self._newest)
+
+    @staticmethod
+    def _newest_ids(rows: Sequence[ScheduledRow]) -> list[int]:
+        """The ids that decode rows compute; 0 where only the device knows."""
+        return [0 if r.request.num_in_flight else r.request.output_ids[-1] for r in rows]
+
+    def _in_flight(self, rows: Sequence[ScheduledRow]) -> list[int]:
+        """Where among `_newest` the ids of decode rows stand that only the device knows; -1 for the others."""
+        return [self._places[r.request] if r.request.num_in_flight else -1 for r in rows]
+
+    # -- a step's tensors ----------------------------------------------------------------------------------------------
 
     def _tokens(self, rows: Sequence[ScheduledRow], num_decode: int) -> tuple[Tensor, Tensor]:
         """Ids [T] and rotary positions [3, T]. A decode row is its request's newest token, behind every known position."""
         decode = rows[:num_decode]
-        newest = np.fromiter((r.request.output_ids[-1] for r in decode), np.int64, num_decode)
+        newest = np.asarray(self._newest_ids(decode), dtype=np.int64)
         places = np.fromiter((r.start + r.request.position_delta for r in decode), np.int64, num_decode)
         ids, positions = [newest], [np.broadcast_to(places, (3, num_decode))]
         for row in rows[num_decode:]:
             ids.append(row.request.ids(row.start, row.start + row.q_len))
             positions.append(_positions(row))
-        return (
-            self._to_device(np.concatenate(ids), torch.int64),
-            self._to_device(np.concatenate(positions, axis=1), torch.int64),
-        )
+        input_ids = self._to_device(np.concatenate(ids), torch.int64)
+        if any(row.request.num_in_flight for row in decode):
+            assert self._newest is not None
+            where = self._to_device(np.asarray(self._in_flight(decode)), torch.int64)
+            known = input_ids[:num_decode]
+            known.copy_(torch.where(where >= 0, self._newest[where.clamp(min=0)], known))
+        return input_ids, self._to_device(np.concatenate(positions, axis=1), torch.int64)
 
     def _image_rows(self, rows: Sequence[ScheduledRow], num_decode: int) -> tuple[Tensor | None, Tensor | None]:
         """Packed rows that are placeholders, and their features, for the pictures that the chunks touch."""
         where: list[np.ndarray] = []
         features: list[Tensor] = []
+        digests: set[bytes] = set()
         base = num_decode
         for row in rows[num_decode:]:
             if row.request.images:
@@ -116,10 +196,12 @@ class ModelRunner:
                     first, last = max(image.offset, row.start), min(image.offset + image.num_tokens, end)
                     where.append(np.arange(first, last) - row.start + base)
                     value = self.vision_cache.get(image.digest)
+                    digests.add(image.digest)
                     features.append(value[first - image.offset : last - image.offset])
             base += row.q_len
         if not where:
             return None, None
+        self.encoder.wait_for(digests)
         return self._to_device(np.concatenate(where), torch.int64), torch.cat(features)
 
     def _cross_attention_batch(self, rows: Sequence[ScheduledRow]) -> CrossAttentionBatch | None:
@@ -133,6 +215,7 @@ class ModelRunner:
             base += row.q_len
         if not seeing:
             return None
+        self.encoder.wait_for({digest for digests in seeing for digest in digests})
         index = np.concatenate([part for parts in seeing.values() for part in parts])
         groups = [
             PictureGroup(sum(map(len, parts)), tuple(self.vision_cache.get(digest) for digest in digests))
@@ -144,12 +227,8 @@ class ModelRunner:
     def _attention_batch(self, rows: Sequence[ScheduledRow], num_decode: int, ends: Sequence[int]) -> AttentionBatch:
         size = self.cache.page_size
         kv_lens = [r.start + r.q_len for r in rows]
-        page_table = np.zeros((len(rows), -(-max(kv_lens) // size)), dtype=np.int32)
-        for line, row, kv_len in zip(page_table, rows, kv_lens, strict=True):
-            used = -(-kv_len // size)
-            line[:used] = row.request.pages[:used]
-        decode = rows[:num_decode]
-        slots = [np.fromiter((r.request.pages[r.start // size] * size + r.start % size for r in decode), np.int64)]
+        page_table = self._page_table(rows)
+        slots = [np.asarray(_decode_slots(rows[:num_decode], size), dtype=np.int64)]
         for line, row in zip(page_table[num_decode:], rows[num_decode:], strict=True):
             p = np.arange(row.start, row.start + row.q_len)
             slots.append(line[p // size].astype(np.int64) * size + p % size)
@@ -163,6 +242,14 @@ class ModelRunner:
             num_decode=num_decode,
         )
 
+    def _page_table(self, rows: Sequence[ScheduledRow]) -> np.ndarray:
+        """int32 [B, P], 0 where unused."""
+        used = [-(-(r.start + r.q_len) // self.cache.page_size) for r in rows]
+        table = np.zeros((len(rows), max(used)), dtype=np.int32)
+        for line, row, n in zip(table, rows, used, strict=True):
+            line[:n] = row.request.pages[:n]
+        return table
+
     def _to_device(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
         if self.device.type == "cuda":
@@ -171,8 +258,11 @@ class ModelRunner:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """For steps so small that waking a second thread for each operation takes longer than the operations."""
+def _threads(serial: bool) -> Iterator[None]:
+    """One thread, if asked, for steps so small that waking a second one for each operation takes longer than they do."""
+    if not serial:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -181,9 +271,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def has_cross_attention(model: nn.Module) -> bool:
-    """Whether pictures stand beside the text, see `sightline.models`."""
-    return bool(getattr(model, "cross_attention", False))
+def _decode_slots(rows: Sequence[ScheduledRow], page_size: int) -> list[int]:
+    """Where the K/V of decode rows go."""
+    return [r.request.pages[r.start // page_size] * page_size + r.start % page_size for r in rows]
 
 
 def _positions(row: ScheduledRow) -> np.ndarray:

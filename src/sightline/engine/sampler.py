@@ -35,6 +35,31 @@ class SampleOutput(NamedTuple):
     logprobs: list[TokenLogprob | None]
 
 
+class Draw:
+    """Tokens that a device is choosing. tokens: int64 [S] on the device, for the next step to read there."""
+
+    def __init__(self, tokens: Tensor, asking: list[int], logprobs: _Logprobs | None) -> None:
+        self.tokens = tokens
+        self._asking = asking
+        self._logprobs = logprobs
+        self._host = tokens.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if tokens.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def result(self) -> SampleOutput:
+        """Wait for the tokens."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        token_ids: list[int] = self._host.tolist()
+        logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
+        if self._logprobs is not None:
+            entries = self._logprobs.entries([token_ids[i] for i in self._asking])
+            for i, entry in zip(self._asking, entries, strict=True):
+                logprobs[i] = entry
+        return SampleOutput(token_ids, logprobs)
+
+
 @dataclass(slots=True, eq=False)
 class SamplingState:
     """What one choice carries from token to token. Made by `Sampler.new_state`; only the sampler changes it.
@@ -119,6 +144,10 @@ class Sampler:
         return state
 
     def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> SampleOutput:
+        """`launch`, and wait."""
+        return self.launch(logits, states).result()
+
+    def launch(self, logits: Tensor, states: Sequence[SamplingState]) -> Draw:
         """logits: [len(states), V], overwritten. Draws one token for each row and counts it in the row's state."""
         assert logits.shape == (len(states), self.vocab_size), f"{tuple(logits.shape)} for {len(states)} rows"
         logits = logits.float()
@@ -128,19 +157,16 @@ class Sampler:
             if state.edits:
                 _edit(logits[i], state)
         tokens = self._choose(logits, states)
-        token_ids: list[int] = tokens.tolist()
         for i, state in enumerate(states):
             state.num_output += 1
             if state.counts is not None:
                 state.counts[tokens[i : i + 1]] += 1
             if state.seen is not None:
                 state.seen[tokens[i : i + 1]] = True
-        logprobs: list[TokenLogprob | None] = [None] * len(states)
-        if raw is not None:
-            ks = [states[i].params.logprobs or 0 for i in asking]
-            for i, logprob in zip(asking, _logprobs(raw, [token_ids[i] for i in asking], ks), strict=True):
-                logprobs[i] = logprob
-        return SampleOutput(token_ids, logprobs)
+        if raw is None:
+            return Draw(tokens, asking, None)
+        chosen = tokens if len(asking) == len(states) else tokens[self._tensor(asking, torch.int64)]
+        return Draw(tokens, asking, _Logprobs(raw, chosen, [states[i].params.logprobs or 0 for i in asking]))
 
     def _choose(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """int64 [S]."""
@@ -253,15 +279,25 @@ def _descending(logits: Tensor) -> Tensor:
     return logits.sort(dim=-1, descending=True).values
 
 
-def _logprobs(raw: Tensor, tokens: list[int], ks: list[int]) -> list[TokenLogprob]:
-    """raw: [R, V] log-softmax; tokens: the chosen ones; ks: how many alternatives each row wants."""
-    chosen = raw.gather(1, torch.tensor(tokens, device=raw.device).unsqueeze(1)).squeeze(1).tolist()
-    most = min(max(ks), raw.shape[1])
-    if not most:
-        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, chosen, strict=True)]
-    top = raw.topk(most, dim=-1)
-    values, ids = top.values.tolist(), top.indices.tolist()
-    return [
-        TokenLogprob(token, logprob, tuple(zip(ids[i][:k], values[i][:k], strict=True)))
-        for i, (token, logprob, k) in enumerate(zip(tokens, chosen, ks, strict=True))
-    ]
+class _Logprobs:
+    """raw: [R, V] log-softmax; tokens: int64 [R], the chosen ones; ks: how many alternatives each row wants."""
+
+    def __init__(self, raw: Tensor, tokens: Tensor, ks: list[int]) -> None:
+        self._ks = ks
+        self._chosen = raw.gather(1, tokens.unsqueeze(1)).squeeze(1).to("cpu", non_blocking=True)
+        most = min(max(ks), raw.shape[1])
+        top = raw.topk(most, dim=-1) if most else None
+        self._top = (
+            None if top is None else (top.indices.to("cpu", non_blocking=True), top.values.to("cpu", non_blocking=True))
+        )
+
+    def entries(self, tokens: Sequence[int]) -> list[TokenLogprob]:
+        """Once the copies have arrived."""
+        chosen = self._chosen.tolist()
+        if self._top is None:
+            return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, chosen, strict=True)]
+        ids, values = (part.tolist() for part in self._top)
+        return [
+            TokenLogprob(token, logprob, tuple(zip(ids[i][:k], values[i][:k], strict=True)))
+            for i, (token, logprob, k) in enumerate(zip(tokens, chosen, self._ks, strict=True))
+        ]

@@ -45,7 +45,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """max_step_tokens: rows of one step. max_encode_tokens: features encoded in one step (one picture always may).
+    """max_step_tokens: rows of one step; max_mixed_tokens: of one that also decodes, so that those who wait for their next
+    token never wait long (None: the same). max_encode_tokens: features encoded in one step (one picture always may).
 
     image_token_bytes: bytes of one feature, for the vision cache's budget. num_features: how many a picture has; one for
     each placeholder unless said otherwise. cross_attention: pictures stand beside the text, see `engine.pictures`.
@@ -56,20 +57,31 @@ class SchedulerConfig:
     max_running: int
     max_encode_tokens: int
     image_token_bytes: int
+    max_mixed_tokens: int | None = None
     num_features: Callable[[ImageRef], int] = attrgetter("num_tokens")
     cross_attention: bool = False
 
 
 class Scheduler:
-    """Owns the life of requests between `add` and `finish`, and every page and pin they hold."""
+    """Owns the life of requests between `add` and `finish`, and every page and pin they hold.
+
+    features_ready: whether a picture's features could be used without waiting for the encoder. While others decode, a
+    prompt waits for its picture; an encoder that runs inside the step is always ready.
+    """
 
     def __init__(
-        self, config: SchedulerConfig, pool: PagePool, radix: RadixCache | None, vision_cache: VisionCache
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        radix: RadixCache | None,
+        vision_cache: VisionCache,
+        features_ready: Callable[[bytes], bool] = lambda digest: True,
     ) -> None:
         self.config = config
         self.pool = pool
         self.radix = radix
         self.vision_cache = vision_cache
+        self.features_ready = features_ready
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.pixels: dict[bytes, object] = {}
@@ -163,12 +175,14 @@ class Scheduler:
         prefills = {r for r in self.running if r.in_prefill or self._lacks_features(r)}
         for request in list(self.running):
             # One without pages was retracted for an earlier row of this very step.
-            if request in prefills or not request.pages or budget == 0:
+            if request in prefills or request.all_sampled or not request.pages or budget == 0:
                 continue
             if self._grow(request):
                 batch.rows.append(ScheduledRow(request, request.num_computed, 1, True))
                 budget -= 1
         batch.num_decode = len(batch.rows)
+        if batch.rows and self.config.max_mixed_tokens is not None:
+            budget = min(budget, max(self.config.max_mixed_tokens - batch.num_decode, 0))
         for request in self.running:
             if request in prefills and budget > 0:
                 budget -= self._schedule_chunk(batch, request, budget)
@@ -221,9 +235,15 @@ class Scheduler:
             budget -= self._schedule_chunk(batch, request, budget)
 
     def _held_back(self, request: Request) -> bool:
+        if request.num_in_flight:
+            return True
         leader = request.leader
         if leader is not None and self.radix is not None:
-            if not leader.finished and leader.num_computed < leader.prompt_len and not leader.output_ids:
+            if (
+                not leader.finished
+                and leader.num_computed < leader.prompt_len
+                and leader.num_tokens == leader.prompt_len
+            ):
                 return True
             request.leader = None
         missing = self.missing_pixels(request)
@@ -279,11 +299,11 @@ class Scheduler:
         return True
 
     def _schedule_chunk(self, batch: Batch, request: Request, budget: int) -> int:
-        """Append the next chunk of a prefill, cut where a picture cannot be encoded yet; returns its tokens."""
+        """Append the next chunk of a prefill, cut where a picture cannot be had yet; returns its tokens."""
         start = request.num_computed
         end = start + min(budget, request.remaining)
         for group in self._needs(request.images, start, end):
-            if not self._hold_features(batch, request, group):
+            if not (self._hold_features(batch, request, group) and self._may_use(batch, group)):
                 end = max(start, group[0].offset)
                 break
         q_len = end - start
@@ -315,6 +335,9 @@ class Scheduler:
         batch.encode += absent
         request.pinned.update(wanted)
         return True
+
+    def _may_use(self, batch: Batch, group: Sequence[ImageRef]) -> bool:
+        return not batch.num_decode or all(self.features_ready(image.digest) for image in group)
 
     def _can_encode(self, batch: Batch, request: Request, absent: Sequence[ImageRef], group: Collection[bytes]) -> bool:
         """Whether pixels, this step's encoder budget and the vision cache allow to encode `absent`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib
 import logging
 import secrets
 from collections import OrderedDict
@@ -26,7 +25,7 @@ from sightline.prompt.processor import (
     MindsCompany,
     PixelLimits,
     ProcessedPrompt,
-    Processor,
+    load_processor,
     read_json,
 )
 from sightline.prompt.tokenizer import Tokenizer
@@ -127,7 +126,7 @@ class PromptPipeline:
         self.limits = limits
         self.context_length = context_length
         self.tokenizer = Tokenizer(model_dir)
-        self.processor = _load_processor(family.processor, model_dir)
+        self.processor = load_processor(family.processor, model_dir)
         if isinstance(self.processor, HasPlaceholder):
             self.tokenizer.reserve(self.processor.placeholder, self.processor.image_token_id)
         tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
@@ -427,14 +426,6 @@ def _modalities(part: Mapping[str, Any], param: str) -> dict[str, bool]:
     if value not in (None, "image", "multi-images"):
         raise RequestError("modalities must be image or multi-images.", param=f"{param}.modalities")
     return {"single": True} if value == "multi-images" else {}
-
-
-def _load_processor(path: str | None, model_dir: Path) -> Processor | None:
-    if path is None:
-        return None
-    module, _, name = path.partition(":")
-    processor: Processor = getattr(importlib.import_module(module), name)(model_dir)
-    return processor
 
 
 def _is_url(value: str) -> bool:

@@ -5,6 +5,7 @@ A processor is built from the checkpoint folder (a `Path`) and is stateless afte
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -95,3 +96,12 @@ class HasPlaceholder(Protocol):
 
     placeholder: str
     image_token_id: int
+
+
+def load_processor(path: str | None, model_dir: Path) -> Processor | None:
+    """The processor that `registry.Family.processor` names, for a checkpoint folder; None for text alone."""
+    if path is None:
+        return None
+    module, _, name = path.partition(":")
+    processor: Processor = getattr(importlib.import_module(module), name)(model_dir)
+    return processor

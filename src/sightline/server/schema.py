@@ -1,14 +1,15 @@
-"""The wire format of OpenAI's chat completions: what is read, what is refused, what is sent.
+"""The wire format of requests: what is read, what is refused.
 
 A field that would change the answer is honoured or refused with a 400 that names it; harmless ones are accepted, and unknown
-ones are logged once.
+ones are logged once. `SamplingFields` is what every endpoint that generates shares.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -57,6 +58,34 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Body(BaseModel):
+    """A JSON body. `parse` reads it; `check` holds the rules that types cannot express."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    harmless: ClassVar[frozenset[str]] = _HARMLESS
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = _REFUSED
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Raises `RequestError` naming the field."""
+        try:
+            request = cls.model_validate_json(body)
+        except ValidationError as error:
+            raise _request_error(error, _field_names(cls)) from error
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """Raises `RequestError` for a field that is refused, or that contradicts another."""
+        for name, value in (self.model_extra or {}).items():
+            if name in self.refused:
+                if value is not None and value not in self.refused[name]:
+                    raise RequestError(f"{name} is not supported by this server yet; leave it out.", param=name)
+            elif name not in self.harmless:
+                _log_once(name)
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -65,12 +94,6 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
     include_obfuscation: bool | None = False
     continuous_usage_stats: bool | None = False
-
-
-class ResponseFormat(BaseModel):
-    """`response_format`; only text is served."""
-
-    type: str
 
 
 class PixelBounds(BaseModel):
@@ -82,14 +105,9 @@ class PixelBounds(BaseModel):
     max_pixels: Annotated[int, Field(ge=1)] | None = None
 
 
-class ChatCompletionRequest(BaseModel):
-    """Body of POST /v1/chat/completions. Ranges of sampling values are checked by `SamplingParams.validate`."""
+class SamplingFields(Body):
+    """How to choose tokens and when to stop. Ranges are checked by `SamplingParams.validate`."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    messages: list[dict[str, Any]]
-    model: str | None = None
-    max_completion_tokens: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
@@ -106,10 +124,69 @@ class ChatCompletionRequest(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+
+    def check(self) -> None:
+        """Beside the types: how many stop strings."""
+        super().check()
+        if isinstance(self.stop, list) and len(self.stop) > 16:
+            raise RequestError("stop may hold at most 16 strings.", param="stop")
+
+    def given(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` as the request has them; None where it says nothing."""
+        return {
+            "max_tokens": self.max_tokens,
+            "min_tokens": self.min_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "n": self.n,
+            "seed": self.seed,
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "include_stop_str_in_output": self.include_stop_str_in_output or self.no_stop_trim,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": _logit_bias(self.logit_bias or {}),
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": self.skip_special_tokens,
+        }
+
+    def spelling(self, name: str) -> str:
+        """What this endpoint calls a field of `SamplingParams`."""
+        return name
+
+    def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+        """Sampling parameters; fields left out come from `defaults` (the model's own), then OpenAI's. Validated."""
+        params = SamplingParams(**{**defaults, **{k: v for k, v in self.given().items() if v is not None}})
+        try:
+            params.validate(vocab_size)
+        except RequestError as error:
+            if error.param is not None:
+                spelled = self.spelling(error.param)
+                error.message = error.message.replace(error.param, spelled, 1)
+                error.param = spelled
+            raise
+        return params
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`; only text is served."""
+
+    type: str
+
+
+class ChatCompletionRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    model: str | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -121,23 +198,9 @@ class ChatCompletionRequest(BaseModel):
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
 
-    @classmethod
-    def parse(cls, body: bytes) -> ChatCompletionRequest:
-        """Raises `RequestError` naming the field."""
-        try:
-            request = cls.model_validate_json(body)
-        except ValidationError as error:
-            raise _request_error(error) from error
-        request._check()
-        return request
-
-    def _check(self) -> None:
-        for name, off in _REFUSED.items():
-            value = (self.model_extra or {}).get(name)
-            if value is not None and value not in off:
-                raise RequestError(f"{name} is not supported by this server yet; leave it out.", param=name)
-        for name in set(self.model_extra or {}) - _HARMLESS - _REFUSED.keys():
-            _log_once(name)
+    def check(self) -> None:
+        """What the fields say together, and the shape of messages."""
+        super().check()
         if self.response_format is not None and self.response_format.type != "text":
             raise RequestError(
                 f"response_format of type {self.response_format.type[:40]!r} is not supported by this server yet; use text.",
@@ -147,47 +210,38 @@ class ChatCompletionRequest(BaseModel):
             raise RequestError("modalities: this server answers with text only.", param="modalities")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is only allowed when stream is true.", param="stream_options")
-        if isinstance(self.stop, list) and len(self.stop) > 16:
-            raise RequestError("stop may hold at most 16 strings.", param="stop")
+        check_stream_options(self.stream_options, self.stream)
+        check_metadata(self.metadata)
         if not self.messages:
             raise RequestError("messages must hold at least one message.", param="messages", code="empty_array")
         for i, message in enumerate(self.messages):
             _check_message(message, f"messages[{i}]")
 
-    def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
-        """Sampling parameters; fields left out come from `defaults` (the model's own), then OpenAI's. Validated."""
-        given = {
-            "max_tokens": self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens,
-            "min_tokens": self.min_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "seed": self.seed,
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "include_stop_str_in_output": self.include_stop_str_in_output or self.no_stop_trim,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": _logit_bias(self.logit_bias or {}),
-            "ignore_eos": self.ignore_eos,
-            "skip_special_tokens": self.skip_special_tokens,
-            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-            "n": self.n,
-        }
-        params = SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
-        try:
-            params.validate(vocab_size)
-        except RequestError as error:
-            if error.param == "max_tokens" and self.max_completion_tokens is not None:
-                error.param = "max_completion_tokens"
-            if error.param == "logprobs":
-                error.param = "top_logprobs"
-            raise
-        return params
+    def given(self) -> dict[str, Any]:
+        """max_completion_tokens wins over max_tokens."""
+        max_tokens = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return {**super().given(), "max_tokens": max_tokens, "logprobs": logprobs}
+
+    def spelling(self, name: str) -> str:
+        """As OpenAI spells them."""
+        if name == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return "top_logprobs" if name == "logprobs" else name
+
+
+def check_stream_options(options: StreamOptions | None, stream: bool | None) -> None:
+    """Raises `RequestError` when the options have no stream."""
+    if options is not None and not stream:
+        raise RequestError("stream_options is only allowed when stream is true.", param="stream_options")
+
+
+def check_metadata(metadata: Mapping[str, str] | None) -> None:
+    """OpenAI's limits: 16 pairs, keys of 64 and values of 512 characters."""
+    if metadata and len(metadata) > 16:
+        raise RequestError("metadata may hold at most 16 pairs.", param="metadata")
+    if metadata and any(len(k) > 64 or len(v) > 512 for k, v in metadata.items()):
+        raise RequestError("metadata: keys have at most 64 characters and values 512.", param="metadata")
 
 
 def _check_message(message: Mapping[str, Any], param: str) -> None:
@@ -224,12 +278,20 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
         raise RequestError("logit_bias is keyed by token ids.", param="logit_bias") from error
 
 
-def _request_error(error: ValidationError) -> RequestError:
+@functools.cache
+def _field_names(cls: type[BaseModel]) -> frozenset[str]:
+    """Names of the model's fields and of the models inside."""
+    schema = cls.model_json_schema()
+    objects = [schema, *schema.get("$defs", {}).values()]
+    return frozenset(name for each in objects for name in each.get("properties", ()))
+
+
+def _request_error(error: ValidationError, fields: frozenset[str]) -> RequestError:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return RequestError("The body is not valid JSON.", code="invalid_json")
     # Branches of a union appear in the location by their type's name; they are no part of the field's path.
-    names = [p for p in first["loc"] if isinstance(p, int) or p in ChatCompletionRequest.model_fields or p in _NESTED]
+    names = [p for p in first["loc"] if isinstance(p, int) or p in fields]
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in names).lstrip(".")
     if not param:
         return RequestError("The body must be a JSON object.", code="invalid_json")
@@ -238,7 +300,6 @@ def _request_error(error: ValidationError) -> RequestError:
     return RequestError(f"{param}: {first['msg'].lower()}.", param=param, code="invalid_type")
 
 
-_NESTED = frozenset((*StreamOptions.model_fields, *ResponseFormat.model_fields, *PixelBounds.model_fields))
 _logged: set[str] = set()
 
 

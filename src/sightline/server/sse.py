@@ -42,17 +42,18 @@ async def until_client_goes(receive: Callable[[], Awaitable[Any]], work: Awaitab
 class EventStream(Response):
     """Streams `data:` lines from an async generator of JSON-able objects; None is sent as [DONE].
 
-    resources are closed at the end, also when the generator never ran.
+    resources are closed at the end, also when the generator never ran. named: an `event:` line says each object's type.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Any], resources: ExitStack) -> None:
+    def __init__(self, events: AsyncGenerator[Any], resources: ExitStack, *, named: bool = False) -> None:
         self.status_code = 200
         self.background = None
         self.body = b""
         self._events = events
         self._resources = resources
+        self._named = named
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     def init_headers(self, headers: Any = None) -> None:
@@ -65,8 +66,10 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with aclosing(self._events) as events:
                 async for event in events:
-                    data = b"[DONE]" if event is None else _encode(event)
-                    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+                    data = b"data: " + (b"[DONE]" if event is None else _encode(event)) + b"\n\n"
+                    if self._named:
+                        data = b"event: " + event["type"].encode() + b"\n" + data
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         with self._resources:

@@ -1,0 +1,260 @@
+"""What every endpoint that generates has in common: admission, prompts, the deadline, the client's presence, the log.
+
+A dialect (chat.py, completions.py, ...) is an `Exchange` that makes prompts and writes answers in its own words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing, closing
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from sightline.engine.client import Answer
+from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
+from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
+from sightline.prompt.pipeline import Prompt
+from sightline.prompt.tokenizer import Tokenizer
+from sightline.server.errors import error_body
+from sightline.server.lifecycle import Lifecycle
+from sightline.server.sse import ClientGone, EventStream, until_client_goes
+from sightline.types import SamplingParams, TokenLogprob
+
+logger = logging.getLogger("sightline.access")
+_json = msgspec.json.Encoder().encode
+
+
+def check_model(lifecycle: Lifecycle, name: str | None) -> None:
+    """Raises `NotFoundError` for a model that is not served; no name stands for the one that is."""
+    if name and not lifecycle.accepts_model(name):
+        raise NotFoundError(
+            f"The model {name[:200]!r} does not exist; this server serves {lifecycle.model_name!r}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+class Exchange(ABC):
+    """One call: one prompt or several, each with its sampling parameters, and their answers on the way to the wire."""
+
+    # Whether server-sent events carry an `event:` line with their type.
+    named_events = False
+
+    def __init__(self, lifecycle: Lifecycle, request_id: str, sampling: Sequence[SamplingParams]) -> None:
+        self.lifecycle = lifecycle
+        self.request_id = request_id
+        self.sampling = sampling
+        self.tokenizer = lifecycle.pipeline.tokenizer
+        self.created = int(time.time())
+        self.answers: list[Answer] = []
+        self._started = time.monotonic()
+        self._deadline = asyncio.get_running_loop().time() + lifecycle.config.request_timeout
+        self._first_token: float | None = None
+        self._num_cached = [0] * len(sampling)
+        self._num_completion = 0
+        self._finish: str | None = None
+
+    # -- the dialect ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def prompts(self) -> list[Prompt]:
+        """One prompt for each of `sampling`. Raises `RequestError`."""
+
+    @abstractmethod
+    def body(self, outputs: list[RequestOutput]) -> Any:
+        """The whole answer, to be sent as JSON."""
+
+    @abstractmethod
+    def events(self) -> AsyncGenerator[Any]:
+        """The answer as events, made of `deltas`; None is sent as [DONE]."""
+
+    def failure(self, error: Exception) -> Any:
+        """The event of an error in mid-stream; the stream ends with it."""
+        return error_body(error)
+
+    # -- the call ------------------------------------------------------------------------------------------------------
+
+    async def respond(self, request: Request, *, stream: bool) -> Response:
+        """Admit, submit, answer. What is still running when the client goes is aborted."""
+        if len(self.sampling) > self.lifecycle.config.max_queued_requests:
+            raise RequestError(
+                f"The request has {len(self.sampling)} prompts; at most "
+                f"{self.lifecycle.config.max_queued_requests} are allowed."
+            )
+        with ExitStack() as stack:
+            for _ in self.sampling:
+                stack.enter_context(self.lifecycle.admit())
+            try:
+                await until_client_goes(request.receive, self._submit(stack))
+                if stream:
+                    return EventStream(self._logged_events(), stack.pop_all(), named=self.named_events)
+                outputs = await until_client_goes(request.receive, self._collect())
+            except ClientGone:
+                self._log("client gone")
+                return Response(status_code=499)
+            self._log(self._finish)
+            return Response(_json(self.body(outputs)), media_type="application/json")
+
+    async def _submit(self, stack: ExitStack) -> None:
+        pipeline, engine = self.lifecycle.pipeline, self.lifecycle.engine
+        for i, (prompt, sampling) in enumerate(zip(await self.prompts(), self.sampling, strict=True)):
+            request_id = self.request_id if len(self.sampling) == 1 else f"{self.request_id}-{i}"
+            answer = await engine.submit(prompt, sampling, pipeline=pipeline, request_id=request_id)
+            self.answers.append(stack.enter_context(closing(answer)))
+
+    async def _collect(self) -> list[RequestOutput]:
+        outputs = [
+            RequestOutput(
+                self.request_id,
+                [CompletionOutput(i) for i in range(sampling.n)],
+                len(answer.prompt.input_ids),
+                answer.prompt.num_image_tokens,
+            )
+            for answer, sampling in zip(self.answers, self.sampling, strict=True)
+        ]
+        async with aclosing(self.deltas()) as deltas:
+            async for i, delta in deltas:
+                outputs[i].append(delta)
+        return outputs
+
+    async def _logged_events(self) -> AsyncGenerator[Any]:
+        finish: str | None = "client gone"
+        try:
+            async with aclosing(self.events()) as events:
+                async for event in events:
+                    yield event
+            finish = self._finish
+        except (EngineError, OverloadedError, RequestError) as error:
+            finish = "error"
+            yield self.failure(error)
+        finally:
+            self._log(finish)
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, OutputDelta]]:
+        """(index of the prompt, delta) as they come. Raises `OverloadedError` at the deadline, and `EngineError`."""
+        try:
+            if len(self.answers) == 1:
+                while True:
+                    async with asyncio.timeout_at(self._deadline):
+                        delta = await anext(self.answers[0], None)
+                    if delta is None:
+                        return
+                    self._count(0, delta)
+                    yield 0, delta
+            else:
+                async with aclosing(_merged(self.answers, self._deadline)) as merged:
+                    async for i, delta in merged:
+                        self._count(i, delta)
+                        yield i, delta
+        except TimeoutError as error:
+            raise OverloadedError(
+                f"The request was not finished within {self.lifecycle.config.request_timeout:g} seconds.",
+                code="request_timeout",
+            ) from error
+
+    def _count(self, i: int, delta: OutputDelta) -> None:
+        if self._first_token is None:
+            self._first_token = time.monotonic()
+        self._num_completion += len(delta.token_ids)
+        if delta.index == 0:
+            self._num_cached[i] = delta.num_cached_tokens
+        self._finish = delta.finish_reason or self._finish
+
+    # -- what dialects write -------------------------------------------------------------------------------------------
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of all prompts, pictures included."""
+        return sum(len(a.prompt.input_ids) for a in self.answers)
+
+    @property
+    def num_image(self) -> int:
+        """Placeholders of all pictures."""
+        return sum(a.prompt.num_image_tokens for a in self.answers)
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return sum(self._num_cached)
+
+    @property
+    def num_completion(self) -> int:
+        """Tokens generated so far."""
+        return self._num_completion
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far, as chat and completions have them."""
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_completion,
+            "total_tokens": self.num_prompt + self.num_completion,
+            "prompt_tokens_details": {
+                "cached_tokens": self.num_cached,
+                "image_tokens": self.num_image,
+                "text_tokens": self.num_prompt - self.num_image,
+                "audio_tokens": 0,
+            },
+            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        }
+
+    def _log(self, finish: Any) -> None:
+        """The request's line in the access log."""
+        now = time.monotonic()
+        logger.info(
+            "%s images=%d in=%d cached=%d out=%d ttft=%.0fms total=%.0fms finish=%s",
+            self.request_id,
+            sum(len(a.prompt.images) for a in self.answers),
+            self.num_prompt,
+            self.num_cached,
+            self.num_completion,
+            ((self._first_token or now) - self._started) * 1e3,
+            (now - self._started) * 1e3,
+            finish,
+        )
+
+
+async def _merged(answers: Sequence[Answer], deadline: float) -> AsyncGenerator[tuple[int, OutputDelta]]:
+    """Deltas of several answers in the order in which they come. Raises TimeoutError."""
+    loop = asyncio.get_running_loop()
+    waiting = {asyncio.ensure_future(anext(answer, None)): i for i, answer in enumerate(answers)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(
+                waiting, timeout=max(0.0, deadline - loop.time()), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                raise TimeoutError
+            for task in sorted(done, key=waiting.__getitem__):
+                i = waiting.pop(task)
+                if (delta := task.result()) is not None:
+                    waiting[asyncio.ensure_future(anext(answers[i], None))] = i
+                    yield i, delta
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def logprob_entries(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob] | None) -> list[dict[str, Any]]:
+    """Log-probabilities as chat completions and responses have them."""
+    return [
+        {**_token(tokenizer, lp.token_id, lp.logprob), "top_logprobs": [_token(tokenizer, *pair) for pair in lp.top]}
+        for lp in logprobs or ()
+    ]
+
+
+def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    data = tokenizer.token_bytes(token_id)
+    return {"token": data.decode(errors="replace"), "logprob": wire_logprob(logprob), "bytes": list(data)}
+
+
+def wire_logprob(logprob: float) -> float:
+    """-9999 is OpenAI's "too unlikely": JSON has no minus infinity."""
+    return max(logprob, -9999.0)

@@ -15,16 +15,20 @@ from tests import servers
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-for name in [n for n in os.environ if n.startswith("SIGHTLINE_")]:
+for name in [n for n in os.environ if n.startswith("SIGHTLINE_") and n != "SIGHTLINE_TEST_DEVICE"]:
     del os.environ[name]
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of tests/gpu are marked `gpu`; what is marked so is skipped where there is no CUDA device."""
+    """Tests of tests/gpu are marked `gpu`; what is marked so is skipped where there is no CUDA device.
+
+    SIGHTLINE_TEST_DEVICE=cpu runs those that have a `device` fixture all the same, to test the tests.
+    """
+    elsewhere = os.environ.get("SIGHTLINE_TEST_DEVICE", "cuda") != "cuda"
     for item in items:
-        if GPU_TESTS in item.path.parents:
+        if GPU_TESTS in item.path.parents and not (elsewhere and "device" in getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.gpu)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests import tiny_llava
+from tests import oracle, tiny_llava
 
 
 @functools.lru_cache(maxsize=16)
-def load(model_dir: Path) -> Any:
-    """transformers' model of a folder in its own layout, in float32."""
+def load(model_dir: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model of a folder in its own layout."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForImageTextToText if (model_dir / "preprocessor_config.json").exists() else AutoModelForCausalLM
-    model = kind.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    model = kind.from_pretrained(model_dir, dtype=dtype, attn_implementation="eager").eval().to(device)
     model.generation_config.eos_token_id = None
     return model
 
@@ -66,10 +66,16 @@ def num_tokens(model_dir: Path, height: int, width: int) -> int:
 
 
 @torch.no_grad()
-def logprobs(model_dir: Path, input_ids: Sequence[int], pictures: Sequence[Image.Image] = ()) -> torch.Tensor:
+def logprobs(
+    model_dir: Path,
+    input_ids: Sequence[int],
+    pictures: Sequence[Image.Image] = (),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """input_ids with expanded placeholders [L] -> natural-log probabilities of the next token, float32 [L, vocab]."""
-    inputs = preprocess(model_dir, pictures) if pictures else {}
-    logits = load(model_dir)(input_ids=torch.tensor([list(input_ids)]), **inputs).logits[0]
+    inputs = {"input_ids": torch.tensor([list(input_ids)]), **(preprocess(model_dir, pictures) if pictures else {})}
+    logits = load(model_dir, device, dtype)(**oracle.to(device, inputs)).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
 
 

@@ -27,15 +27,16 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
+from tests import oracle
+
 
 @functools.lru_cache(maxsize=8)
-def load(model_dir: Path) -> Any:
-    """The patched model in float32."""
+def load(model_dir: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The patched model."""
     from transformers import MllamaForConditionalGeneration
 
-    model = MllamaForConditionalGeneration.from_pretrained(
-        model_dir, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = MllamaForConditionalGeneration.from_pretrained(model_dir, dtype=dtype, attn_implementation="eager")
+    model = model.eval().to(device)
     for encoder in (model.model.vision_model.transformer, model.model.vision_model.global_transformer):
         encoder.forward = types.MethodType(_states_before_layers, encoder)
     for layer in model.model.language_model.layers:
@@ -94,9 +95,15 @@ def vision_states(model_dir: Path, picture: Image.Image) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logprobs(model_dir: Path, input_ids: Sequence[int], pictures: Sequence[Image.Image] = ()) -> torch.Tensor:
+def logprobs(
+    model_dir: Path,
+    input_ids: Sequence[int],
+    pictures: Sequence[Image.Image] = (),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Natural-log probabilities of the next token, float32 [L, vocab]."""
-    model = load(model_dir)
+    model = load(model_dir, device, dtype)
     inputs: dict[str, Any] = {"input_ids": torch.tensor([list(input_ids)])}
     if pictures:
         batch = preprocess(model_dir, pictures)
@@ -106,7 +113,7 @@ def logprobs(model_dir: Path, input_ids: Sequence[int], pictures: Sequence[Image
             [ranges], num_tiles, max_num_tiles=model.config.vision_config.max_num_tiles, length=len(input_ids)
         )
         inputs |= {**batch, "cross_attention_mask": torch.tensor(mask)}
-    return torch.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
+    return torch.log_softmax(model(**oracle.to(device, inputs), use_cache=False).logits[0].float(), dim=-1)
 
 
 def greedy(

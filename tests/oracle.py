@@ -21,13 +21,18 @@ class Pictures(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def load(model_dir: Path) -> Any:
-    """transformers' model of the folder, in float32 whatever the checkpoint holds."""
+def load(model_dir: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model of the folder, in this type whatever the checkpoint holds."""
     import transformers
 
     (name,) = json.loads((model_dir / "config.json").read_text())["architectures"]
     model_class = getattr(transformers, name)
-    return model_class.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_class.from_pretrained(model_dir, dtype=dtype, attn_implementation="eager").eval().to(device)
+
+
+def to(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The tensors among the inputs of a model, on the device."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
 
 
 @functools.lru_cache(maxsize=8)
@@ -83,10 +88,14 @@ def _inputs(model_dir: Path, input_ids: Sequence[int], pictures: Sequence[Image.
 
 @torch.no_grad()
 def transformers_logprobs(
-    model_dir: Path, input_ids: Sequence[int], pictures: Sequence[Image.Image] = ()
+    model_dir: Path,
+    input_ids: Sequence[int],
+    pictures: Sequence[Image.Image] = (),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """input_ids with expanded placeholders [L] -> natural-log probabilities of the next token, float32 [L, vocab]."""
-    logits = load(model_dir)(**_inputs(model_dir, input_ids, pictures)).logits[0]
+    logits = load(model_dir, device, dtype)(**to(device, _inputs(model_dir, input_ids, pictures))).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
 
 

@@ -43,6 +43,9 @@ IMAGE_PAD, VISION_START, VISION_END = IDS["<|image_pad|>"], IDS["<|vision_start|
 IM_START, IM_END, END_OF_TEXT = IDS["<|im_start|>"], IDS["<|im_end|>"], IDS["<|endoftext|>"]
 # As in the releases, the embedding has rows that no token uses.
 VOCAB_SIZE = 352
+# Fields of a decoder whose heads are as wide as the releases' (128): what fast kernels are made for. Such checkpoints are
+# stored in bfloat16, as the releases are, so that float32 arithmetic on them is the truth for bfloat16.
+WIDE_HEADS = {"hidden_size": 256, "intermediate_size": 352, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -76,12 +79,14 @@ def qwen2_vl(
     dtype: str = "float32",
     max_pixels: int = 28 * 28 * 64,
     seed: int = 0,
+    wide: bool = False,
     overrides: dict[str, Any] | None = None,
 ) -> Path:
     """A folder like Qwen2-VL-Instruct's, of 0.3 M parameters.
 
     names: tensor names of "2024" or "v5". config: config.json's layout, "2024" (flat) or "v5" (nested). shards: number of
-    safetensors files. overrides: text-config fields, e.g. {"num_hidden_layers": 1}.
+    safetensors files. wide: heads of 128, and of 80 in the tower, in
+    bfloat16. overrides: text-config fields, e.g. {"num_hidden_layers": 1}.
     """
     options = dict(locals())
 
@@ -119,6 +124,7 @@ def _make_qwen2_vl(
     dtype: str,
     max_pixels: int,
     seed: int,
+    wide: bool,
     overrides: dict[str, Any] | None,
 ) -> None:
     import torch
@@ -137,14 +143,15 @@ def _make_qwen2_vl(
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": IM_END,
         "pad_token_id": END_OF_TEXT,
+        **(WIDE_HEADS if wide else {}),
         **(overrides or {}),
     }
     # sections of unequal width and a small theta, so that every axis and frequency counts
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [16, 24, 24] if wide else [2, 3, 3]}
     vision = {
         "depth": 2,
-        "embed_dim": 48,
-        "num_heads": 3,
+        "embed_dim": 160 if wide else 48,
+        "num_heads": 2 if wide else 3,
         "hidden_size": text["hidden_size"],
         "mlp_ratio": 2,
         "hidden_act": "quick_gelu",
@@ -158,6 +165,7 @@ def _make_qwen2_vl(
         vision_end_token_id=VISION_END,
         tie_word_embeddings=tied,
     )
+    dtype = "bfloat16" if wide else dtype
     hf_config.dtype = dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

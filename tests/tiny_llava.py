@@ -42,18 +42,22 @@ def llava(
     tied: bool = False,
     pad: bool = False,
     seed: int = 0,
+    wide: bool = False,
 ) -> Path:
     """kind: a key of ARCHITECTURES. config: "2024" writes the rotary base and the type as files of that year. pad: LLaVA 1.5
-    pads pictures to squares instead of cropping them."""
+    pads pictures to squares instead of cropping them. wide: heads of 128, and of 64 (CLIP) or 72 (SigLIP) in the tower,
+    in bfloat16."""
     options = {**locals(), "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
     def make(folder: Path) -> None:
-        _make_llava(folder, kind, text, names, config, layout, tower, tied, pad, seed)
+        _make_llava(folder, kind, text, names, config, layout, tower, tied, pad, seed, wide)
 
     return tiny._cached("llava", options, make)
 
 
-def text(kind: str = "llama", *, tied: bool = False, overrides: dict[str, Any] | None = None) -> Path:
+def text(
+    kind: str = "llama", *, tied: bool = False, wide: bool = False, overrides: dict[str, Any] | None = None
+) -> Path:
     """A plain decoder of TEXT_CLASSES."""
     options = {**locals(), "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
@@ -62,21 +66,21 @@ def text(kind: str = "llama", *, tied: bool = False, overrides: dict[str, Any] |
         import transformers
 
         name = TEXT_CLASSES[kind]
-        config = getattr(transformers, f"{name}Config")(**text_config(kind), tie_word_embeddings=tied)
+        config = getattr(transformers, f"{name}Config")(**text_config(kind, wide), tie_word_embeddings=tied)
         for key, value in (overrides or {}).items():
             setattr(config, key, value)
-        config.dtype = "float32"
+        config.dtype = "bfloat16" if wide else "float32"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
             _rescale(model, model.model)
-        model.save_pretrained(folder)
+        model.to(torch.bfloat16 if wide else torch.float32).save_pretrained(folder)
         tiny._write_tokenizer(folder)
 
     return tiny._cached("text", options, make)
 
 
-def text_config(kind: str) -> dict[str, Any]:
+def text_config(kind: str, wide: bool = False) -> dict[str, Any]:
     """Fields of the decoder."""
     fields: dict[str, Any] = {
         "vocab_size": tiny.VOCAB_SIZE,
@@ -92,18 +96,19 @@ def text_config(kind: str) -> dict[str, Any]:
         "pad_token_id": tiny.END_OF_TEXT,
         # a small theta, so that every frequency counts
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        **(tiny.WIDE_HEADS if wide else {}),
     }
     return fields | {"sliding_window": None} if kind == "mistral" else fields
 
 
-def vision_config(kind: str) -> dict[str, Any]:
+def vision_config(kind: str, wide: bool = False) -> dict[str, Any]:
     """Fields of the tower: the features are those behind two layers in all kinds."""
     clip = kind != "onevision"
     return {
         "model_type": "clip_vision_model" if clip else "siglip_vision_model",
-        "hidden_size": 48,
+        "hidden_size": (128 if clip else 144) if wide else 48,
         "intermediate_size": 80,
-        "num_attention_heads": 3,
+        "num_attention_heads": 2 if wide else 3,
         "num_hidden_layers": 3 if clip else 2,
         "image_size": CLIP_SIZE if clip else SIGLIP_SIZE,
         "patch_size": PATCH,
@@ -148,6 +153,7 @@ def _make_llava(
     tied: bool,
     pad: bool,
     seed: int,
+    wide: bool,
 ) -> None:
     import torch
     import transformers
@@ -158,19 +164,19 @@ def _make_llava(
         extra["image_grid_pinpoints"] = pinpoints(kind)
     architecture = ARCHITECTURES[kind]
     hf_config = getattr(transformers, architecture.replace("ForConditionalGeneration", "Config"))(
-        text_config={"model_type": text, **text_config(text), "tie_word_embeddings": tied},
-        vision_config=vision_config(kind),
+        text_config={"model_type": text, **text_config(text, wide), "tie_word_embeddings": tied},
+        vision_config=vision_config(kind, wide),
         image_token_index=IMAGE,
         **extra,
     )
-    hf_config.dtype = "float32"
+    hf_config.dtype = "bfloat16" if wide else "float32"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, architecture)(hf_config).eval()
         _rescale(model, model.model.language_model)
     model.generation_config._from_model_config = False
     model.generation_config.update(eos_token_id=[tiny.IM_END, tiny.END_OF_TEXT], pad_token_id=tiny.END_OF_TEXT)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16 if wide else torch.float32).save_pretrained(folder)
     # transformers 5 writes the names of 2024, but for this part of them
     tensors = {
         name if "vision_model." in name else name.replace("vision_tower.", "vision_tower.vision_model."): tensor
@@ -181,7 +187,7 @@ def _make_llava(
     if config == "2024":
         _write_2024_config(folder, text)
     if layout == "original":
-        tensors = _to_original(folder, tensors, kind, text, tower, tied, pad)
+        tensors = _to_original(folder, tensors, kind, text, tower, tied, pad, wide)
     elif names == "v5":
         tensors = {_v5_name(name): tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -238,15 +244,15 @@ def _v5_name(name: str) -> str:
 
 
 def _to_original(
-    folder: Path, tensors: dict[str, Any], kind: str, text: str, tower: str, tied: bool, pad: bool
+    folder: Path, tensors: dict[str, Any], kind: str, text: str, tower: str, tied: bool, pad: bool, wide: bool
 ) -> dict[str, Any]:
     """Rewrite config.json, drop preprocessor_config.json; returns the tensors under the authors' names."""
     from safetensors.torch import save_file
 
     (folder / "preprocessor_config.json").unlink()
-    fields = text_config(text)
+    fields = text_config(text, wide)
     theta = fields.pop("rope_parameters")["rope_theta"]
-    vision = vision_config(kind)
+    vision = vision_config(kind, wide)
     name = "clip-tiny" if kind != "onevision" else "siglip-tiny"
     aspect = {"llava": "pad" if pad else None, "next": "anyres", "onevision": "anyres_max_9"}[kind]
     points: Any = [[w, h] for h, w in pinpoints("next")] if kind == "next" else "(1x1),...,(6x6)"

@@ -63,26 +63,36 @@ def mllama(
     shards: int = 1,
     empty_tiles: str = "zero",
     seed: int = 0,
+    wide: bool = False,
     text: dict[str, Any] | None = None,
 ) -> Path:
     """A folder of 0.5 M parameters.
 
     names: tensor names of "2024" or "v5". config: how config.json writes the rotary settings, "2024" (`rope_scaling` and
-    `rope_theta`) or "v5" (`rope_parameters`). text: fields of the text config.
+    `rope_theta`) or "v5" (`rope_parameters`). wide: heads of 128, and of 80 in the tower,
+    in bfloat16. text: fields of the text config.
     """
     options = {
-        "names": names, "config": config, "shards": shards, "empty_tiles": empty_tiles, "seed": seed, "text": text,
+        "names": names, "config": config, "shards": shards, "empty_tiles": empty_tiles, "seed": seed, "wide": wide,
+        "text": text,
         "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }  # fmt: skip
 
     def make(folder: Path) -> None:
-        _make(folder, names, config, shards, empty_tiles, seed, text or {})
+        _make(folder, names, config, shards, empty_tiles, seed, wide, text or {})
 
     return tiny._cached("mllama", options, make)
 
 
 def _make(
-    folder: Path, names: str, config: str, shards: int, empty_tiles: str, seed: int, overrides: dict[str, Any]
+    folder: Path,
+    names: str,
+    config: str,
+    shards: int,
+    empty_tiles: str,
+    seed: int,
+    wide: bool,
+    overrides: dict[str, Any],
 ) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -109,23 +119,25 @@ def _make(
         "bos_token_id": BOS,
         "eos_token_id": [END_OF_TEXT, EOT],
         "pad_token_id": PAD,
+        **(tiny.WIDE_HEADS if wide else {}),
         **overrides,
     }
+    width = 160 if wide else 48
     vision = {
-        "hidden_size": 48,
+        "hidden_size": width,
         "intermediate_size": 80,
-        "attention_heads": 3,
+        "attention_heads": 2 if wide else 3,
         "num_hidden_layers": 4,
         "num_global_layers": 2,
         "image_size": TILE_SIZE,
         "patch_size": 14,
         "intermediate_layers_indices": [1, 2, 3],
-        "vision_output_dim": 48 * 4,
+        "vision_output_dim": width * 4,
     }
     hf_config = MllamaConfig(
         text_config={**text, "rope_parameters": rope}, vision_config=vision, image_token_index=IMAGE
     )
-    hf_config.dtype = "float32"
+    hf_config.dtype = "bfloat16" if wide else "float32"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MllamaForConditionalGeneration(hf_config).eval()
@@ -134,7 +146,7 @@ def _make(
     model.generation_config.update(
         bos_token_id=BOS, eos_token_id=[END_OF_TEXT, EOT], pad_token_id=PAD, do_sample=True, temperature=0.6, top_p=0.9
     )
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16 if wide else torch.float32).save_pretrained(folder)
     if config == "2024":
         _write_2024_config(folder / "config.json", rope)
     file = folder / "model.safetensors"

@@ -42,14 +42,16 @@ PROMPTS: dict[str, tuple[list[tuple[int, int]], list[int | str]]] = {
 }
 
 
-def tiny_model(*, names: str = "2024", config: str = "v5", shards: int = 1, tied: bool = False) -> Path:
+def tiny_model(
+    *, names: str = "2024", config: str = "v5", shards: int = 1, tied: bool = False, wide: bool = False
+) -> Path:
     """A folder like Qwen2.5-VL-Instruct's, of 0.3 M parameters; options as for `tiny.qwen2_vl`."""
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    options = {"names": names, "config": config, "shards": shards, "tied": tied, "source": source}
-    return tiny._cached("qwen2_5_vl", options, lambda folder: _make(folder, names, config, shards, tied))
+    options = {"names": names, "config": config, "shards": shards, "tied": tied, "wide": wide, "source": source}
+    return tiny._cached("qwen2_5_vl", options, lambda folder: _make(folder, names, config, shards, tied, wide))
 
 
-def _make(folder: Path, names: str, config: str, shards: int, tied: bool) -> None:
+def _make(folder: Path, names: str, config: str, shards: int, tied: bool, wide: bool) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -64,14 +66,15 @@ def _make(folder: Path, names: str, config: str, shards: int, tied: bool) -> Non
         "rms_norm_eps": 1e-6,
         "bos_token_id": tiny.END_OF_TEXT,
         "eos_token_id": tiny.IM_END,
+        **(tiny.WIDE_HEADS if wide else {}),
     }
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [16, 24, 24] if wide else [2, 3, 3]}
     vision = {
         "depth": 3,
-        "hidden_size": 48,
-        "num_heads": 3,
+        "hidden_size": 160 if wide else 48,
+        "num_heads": 2 if wide else 3,
         "intermediate_size": 70,
-        "out_hidden_size": 64,
+        "out_hidden_size": text["hidden_size"],
         "window_size": 56,
         "fullatt_block_indexes": [1],
     }
@@ -84,12 +87,12 @@ def _make(folder: Path, names: str, config: str, shards: int, tied: bool) -> Non
     hf_config = Qwen2_5_VLConfig(
         text_config={**text, "rope_parameters": rope}, vision_config=vision, tie_word_embeddings=tied, **ids
     )
-    hf_config.dtype = "float32"
+    hf_config.dtype = "bfloat16" if wide else "float32"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Qwen2_5_VLForConditionalGeneration(hf_config).eval()
         tiny._rescale(model)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16 if wide else torch.float32).save_pretrained(folder)
     if config == "2024":
         flat = {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],

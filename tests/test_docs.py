@@ -121,11 +121,11 @@ def test_the_page_of_settings_is_current() -> None:
 
 
 def test_the_api_page_knows_every_route_and_field() -> None:
-    from sightline.server import chat, probes
+    from sightline.server.app import MODULES
     from sightline.server.schema import ChatCompletionRequest
 
     page = (ROOT / "docs" / "http-api.md").read_text()
-    routes = {route.path.replace(":path", "") for router in (chat.router, probes.router) for route in router.routes}
+    routes = {route.path.replace(":path", "") for module in MODULES for route in module.router.routes}
     names = routes | set(ChatCompletionRequest.model_fields)
     assert "/v1/chat/completions" in routes
     assert not {name for name in names if name not in page}

@@ -71,7 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         require(0.0 < self.repetition_penalty <= 2.0, "repetition_penalty", "above 0 and at most 2")
         require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
-        require(1 <= self.n <= 8, "n", "between 1 and 8")
+        require(1 <= self.n <= 128, "n", "between 1 and 128")
         require(all(self.stop), "stop", "made of non-empty strings")
         require(
             all(-100.0 <= v <= 100.0 for v in self.logit_bias.values()), "logit_bias", "made of values in [-100, 100]"
@@ -136,6 +136,10 @@ class Abort(msgspec.Struct, tag=True):
 
     request_id: str
     index: int | None = None
+
+
+class FlushCache(msgspec.Struct, tag=True):
+    """Forget cached prefixes and encoded pictures that no running request uses."""
 
 
 class Shutdown(msgspec.Struct, tag=True):
@@ -241,7 +245,7 @@ class EngineStats(msgspec.Struct, kw_only=True, tag=True):
     steps: int = 0
 
 
-ToEngine = EngineRequest | PutPixels | Abort | Shutdown
+ToEngine = EngineRequest | PutPixels | Abort | FlushCache | Shutdown
 FromEngine = TokenEvent | NeedPixels | LoadProgress | Ready | Fatal | EngineStats
 
 encode_message = msgspec.msgpack.Encoder().encode

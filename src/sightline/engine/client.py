@@ -40,6 +40,7 @@ from sightline.types import (
     EngineRequest,
     EngineStats,
     Fatal,
+    FlushCache,
     FromEngine,
     LoadProgress,
     NeedPixels,
@@ -161,6 +162,11 @@ class AsyncEngine:
         for digest in prompt.pictures:
             self._remember(digest)
         return answer
+
+    def flush_cache(self) -> None:
+        """Requests submitted after this find no prefix and no picture of earlier ones, but for those still running."""
+        self._check_alive()
+        self._transport.send(FlushCache())
 
     def _abort(self, request_id: str, index: int | None = None) -> None:
         if not self._closing:

@@ -19,6 +19,7 @@ from sightline.types import (
     EngineRequest,
     Fatal,
     FinishReason,
+    FlushCache,
     FromEngine,
     LoadProgress,
     PixelBuffer,
@@ -132,7 +133,7 @@ class _Loop:
             else:
                 self._send(core.step())
 
-    def _handle(self, message: EngineRequest | PutPixels | Abort) -> None:
+    def _handle(self, message: EngineRequest | PutPixels | Abort | FlushCache) -> None:
         core = self._core
         match message:
             case EngineRequest():
@@ -149,6 +150,8 @@ class _Loop:
                 self._put(message.pixels)
             case Abort():
                 self._send(core.abort(message.request_id, message.index))
+            case FlushCache():
+                core.scheduler.flush()
 
     def _put(self, buffers: tuple[PixelBuffer, ...]) -> None:
         for buffer in buffers:

@@ -107,6 +107,12 @@ class Scheduler:
         for request in (*self.waiting, *self.running):
             request.asked_pixels.discard(digest)
 
+    def flush(self) -> None:
+        """Forget cached prefixes and encoded pictures that nobody uses now."""
+        if self.radix is not None:
+            self.radix.reset()
+        self.vision_cache.clear()
+
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Take a request out, whatever its state; its full pages stay in the prefix cache."""
         request.finish_reason = reason

@@ -191,13 +191,20 @@ class PromptPipeline:
         return await asyncio.to_thread(build)
 
     async def text(
-        self, prompt: str | Sequence[int], images: Sequence[Any] = (), *, salt: bytes = b"", trusted: bool = True
+        self,
+        prompt: str | Sequence[int],
+        images: Sequence[Any] = (),
+        *,
+        salt: bytes = b"",
+        trusted: bool = True,
+        add_bos: bool = True,
+        limits: PixelLimits = PixelLimits(),
     ) -> Prompt:
         """A raw prompt. Its i-th placeholder token is the i-th picture; without placeholders, pictures come first.
 
-        trusted: special tokens written in the prompt count as such (the offline `Engine`'s own prompts).
+        trusted: special tokens written in the prompt count as such. add_bos: begin text as the checkpoint's tokenizer does.
         """
-        sources = [_Source(image, PixelLimits(), f"images[{i}]") for i, image in enumerate(images)]
+        sources = [_Source(image, limits, f"images[{i}]") for i, image in enumerate(images)]
         pictures = await self._identify(sources, salt)
 
         def build() -> Prompt:
@@ -208,6 +215,8 @@ class PromptPipeline:
                 ids = list(prompt)
             if pictures and self.processor is not None and self.processor.image_token_id not in ids:
                 ids = [self.processor.image_token_id] * len(pictures) + ids
+            if isinstance(prompt, str) and add_bos and ids:
+                ids = self._with_bos(ids)
             return self._expand(ids, pictures, "prompt")
 
         return await asyncio.to_thread(build)
@@ -223,7 +232,9 @@ class PromptPipeline:
 
     def _encode(self, rendered: Rendered) -> list[int]:
         self._check_length(rendered.text, "messages")
-        ids = self.tokenizer.encode_trusted(rendered.text, rendered.client_positions)
+        return self._with_bos(self.tokenizer.encode_trusted(rendered.text, rendered.client_positions))
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token
         bos_id = self.tokenizer.token_to_id(bos) if bos and self.tokenizer.adds_bos else None
         return ids if bos_id is None or ids[:1] == [bos_id] else [bos_id, *ids]

@@ -16,12 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sightline import __version__
 from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
-from sightline.server import chat, probes
+from sightline.server import chat, completions, native, probes, responses, tokenize
 from sightline.server.errors import error_response
 from sightline.server.lifecycle import Lifecycle
 
 logger = logging.getLogger("sightline.server")
 
+MODULES = (probes, chat, completions, responses, tokenize, native)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}\Z")
 
 
@@ -29,8 +30,9 @@ def create_app(lifecycle: Lifecycle) -> ASGIApp:
     """The application over a lifecycle, whose loading somebody else drives."""
     app = FastAPI(title="sightline", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.lifecycle = lifecycle
-    app.include_router(probes.router)
-    app.include_router(chat.router)
+    app.state.exchanges = {}
+    for module in MODULES:
+        app.include_router(module.router)
     for kind in (RequestError, OverloadedError, EngineError):
         app.add_exception_handler(kind, _on_known_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

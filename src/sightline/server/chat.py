@@ -44,7 +44,7 @@ async def chat_prompt(lifecycle: Lifecycle, body: ChatCompletionRequest) -> Prom
 class _Chat(Exchange):
     def __init__(self, lifecycle: Lifecycle, body: ChatCompletionRequest) -> None:
         sampling = body.sampling(lifecycle.sampling_defaults, lifecycle.pipeline.tokenizer.vocab_size)
-        super().__init__(lifecycle, f"chatcmpl-{uuid.uuid4().hex}", [sampling])
+        super().__init__(lifecycle, f"chatcmpl-{uuid.uuid4().hex}", [sampling], body.rid)
         self.request = body
         self.head: dict[str, Any] = {
             "id": self.request_id,
@@ -76,28 +76,25 @@ class _Chat(Exchange):
     async def events(self) -> AsyncGenerator[dict[str, Any] | None]:
         """chat.completion.chunk objects, then None."""
         options = self.request.stream_options
-        with_usage = bool(options and options.include_usage)
-        continuous = bool(options and options.continuous_usage_stats)
         head = {**self.head, "object": "chat.completion.chunk"}
         opened: set[int] = set()
 
-        def chunk(choice: dict[str, Any]) -> dict[str, Any]:
-            usage = {"usage": self.usage() if continuous else None} if with_usage else {}
-            return {**head, "choices": [choice], **usage}
+        def chunk(*choice: Any) -> dict[str, Any]:
+            return self.chunk(head, [_choice(*choice)], options)
 
         async for _, delta in self.deltas():
             if delta.index not in opened:
                 opened.add(delta.index)
-                yield chunk(_choice(delta.index, {"role": "assistant", "content": "", "refusal": None}))
+                yield chunk(delta.index, {"role": "assistant", "content": "", "refusal": None})
             if delta.text or delta.logprobs:
                 logprobs = None
                 if self.request.logprobs:
                     logprobs = {"content": logprob_entries(self.tokenizer, delta.logprobs), "refusal": None}
-                yield chunk(_choice(delta.index, {"content": delta.text}, logprobs))
+                yield chunk(delta.index, {"content": delta.text}, logprobs)
             if delta.finish_reason is not None:
-                yield chunk(_choice(delta.index, {}, None, delta.finish_reason, delta.stop_reason))
-        if with_usage:
-            yield {**head, "choices": [], "usage": self.usage()}
+                yield chunk(delta.index, {}, None, delta.finish_reason, delta.stop_reason)
+        if options and options.include_usage:
+            yield self.chunk(head, [], options)
         yield None
 
 

@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing, closing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, closing, contextmanager
 from typing import Any
 
 import msgspec
@@ -24,8 +24,9 @@ from sightline.prompt.pipeline import Prompt
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.server.errors import error_body
 from sightline.server.lifecycle import Lifecycle
+from sightline.server.schema import StreamOptions
 from sightline.server.sse import ClientGone, EventStream, until_client_goes
-from sightline.types import SamplingParams, TokenLogprob
+from sightline.types import FinishReason, SamplingParams, TokenLogprob
 
 logger = logging.getLogger("sightline.access")
 _json = msgspec.json.Encoder().encode
@@ -41,15 +42,40 @@ def check_model(lifecycle: Lifecycle, name: str | None) -> None:
         )
 
 
+def check_ids(lifecycle: Lifecycle, ids: Iterable[int], param: str) -> None:
+    """Raises `RequestError` for an id that no token has; a picture's placeholder may lie beyond the vocabulary."""
+    pipeline = lifecycle.pipeline
+    size, extra = pipeline.tokenizer.vocab_size, pipeline.processor.image_token_id if pipeline.processor else 0
+    if not all(0 <= i < size or i == extra for i in ids):
+        raise RequestError(f"{param} must hold token ids below {size}.", param=param, code="invalid_value")
+
+
+@contextmanager
+def renamed(rename: Callable[[str], str]) -> Iterator[None]:
+    """Errors inside name fields as this endpoint's clients know them."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param is not None:
+            error.param = rename(error.param)
+        raise
+
+
 class Exchange(ABC):
     """One call: one prompt or several, each with its sampling parameters, and their answers on the way to the wire."""
 
     # Whether server-sent events carry an `event:` line with their type.
     named_events = False
+    # Whether an aborted answer ends with FinishReason.ABORT; it is an error otherwise.
+    shows_aborts = False
 
-    def __init__(self, lifecycle: Lifecycle, request_id: str, sampling: Sequence[SamplingParams]) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, request_id: str, sampling: Sequence[SamplingParams], rid: str | None = None
+    ) -> None:
+        """rid: the client's own name of the request, for /abort_request."""
         self.lifecycle = lifecycle
         self.request_id = request_id
+        self.rid = rid
         self.sampling = sampling
         self.tokenizer = lifecycle.pipeline.tokenizer
         self.created = int(time.time())
@@ -59,7 +85,9 @@ class Exchange(ABC):
         self._first_token: float | None = None
         self._num_cached = [0] * len(sampling)
         self._num_completion = 0
-        self._finish: str | None = None
+        self._finish: FinishReason | None = None
+        self._running = {(i, index) for i, each in enumerate(sampling) for index in range(each.n)}
+        self._aborted = False
 
     # -- the dialect ---------------------------------------------------------------------------------------------------
 
@@ -91,6 +119,7 @@ class Exchange(ABC):
         with ExitStack() as stack:
             for _ in self.sampling:
                 stack.enter_context(self.lifecycle.admit())
+            stack.enter_context(self._registered(request.app.state.exchanges))
             try:
                 await until_client_goes(request.receive, self._submit(stack))
                 if stream:
@@ -102,12 +131,32 @@ class Exchange(ABC):
             self._log(self._finish)
             return Response(_json(self.body(outputs)), media_type="application/json")
 
+    @contextmanager
+    def _registered(self, exchanges: dict[str, Exchange]) -> Iterator[None]:
+        names = [self.request_id] if self.rid is None else [self.request_id, self.rid]
+        if self.rid in exchanges:
+            raise RequestError(f"rid {self.rid[:80]!r} is in use by a running request.", param="rid")
+        exchanges.update(dict.fromkeys(names, self))
+        try:
+            yield
+        finally:
+            for name in names:
+                del exchanges[name]
+
+    def abort(self) -> None:
+        """End the answers where they are; the client is told."""
+        self._aborted = True
+        for answer in self.answers:
+            answer.events.put_nowait(_Aborted())
+
     async def _submit(self, stack: ExitStack) -> None:
         pipeline, engine = self.lifecycle.pipeline, self.lifecycle.engine
         for i, (prompt, sampling) in enumerate(zip(await self.prompts(), self.sampling, strict=True)):
             request_id = self.request_id if len(self.sampling) == 1 else f"{self.request_id}-{i}"
             answer = await engine.submit(prompt, sampling, pipeline=pipeline, request_id=request_id)
             self.answers.append(stack.enter_context(closing(answer)))
+        if self._aborted:
+            self.abort()
 
     async def _collect(self) -> list[RequestOutput]:
         outputs = [
@@ -153,6 +202,11 @@ class Exchange(ABC):
                     async for i, delta in merged:
                         self._count(i, delta)
                         yield i, delta
+        except _Aborted:
+            if not self.shows_aborts:
+                raise
+            for i, index in sorted(self._running):
+                yield i, OutputDelta(index, "", [], None, FinishReason.ABORT, None, self._num_cached[i])
         except TimeoutError as error:
             raise OverloadedError(
                 f"The request was not finished within {self.lifecycle.config.request_timeout:g} seconds.",
@@ -165,7 +219,9 @@ class Exchange(ABC):
         self._num_completion += len(delta.token_ids)
         if delta.index == 0:
             self._num_cached[i] = delta.num_cached_tokens
-        self._finish = delta.finish_reason or self._finish
+        if delta.finish_reason is not None:
+            self._finish = delta.finish_reason
+            self._running.discard((i, delta.index))
 
     # -- what dialects write -------------------------------------------------------------------------------------------
 
@@ -188,6 +244,18 @@ class Exchange(ABC):
     def num_completion(self) -> int:
         """Tokens generated so far."""
         return self._num_completion
+
+    def chunk(
+        self, head: dict[str, Any], choices: list[dict[str, Any]], options: StreamOptions | None
+    ) -> dict[str, Any]:
+        """A chunk of chat's or completions' stream; without choices, the last one, which has the usage.
+
+        Who asked for usage gets the key in every chunk: null before the end, or running counts if asked for those too.
+        """
+        if options is None or not options.include_usage:
+            return {**head, "choices": choices}
+        now = not choices or options.continuous_usage_stats
+        return {**head, "choices": choices, "usage": self.usage() if now else None}
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far, as chat and completions have them."""
@@ -218,6 +286,11 @@ class Exchange(ABC):
             (now - self._started) * 1e3,
             finish,
         )
+
+
+class _Aborted(RequestError):
+    def __init__(self) -> None:
+        super().__init__("The request was ended by /abort_request.", code="request_aborted")
 
 
 async def _merged(answers: Sequence[Answer], deadline: float) -> AsyncGenerator[tuple[int, OutputDelta]]:

@@ -23,7 +23,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Accepted without effect on the answer: bookkeeping of OpenAI's platform.
 _HARMLESS = frozenset(
     """user safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention metadata service_tier store
-    reasoning_effort verbosity parallel_tool_calls prediction web_search_options moderation request_id rid priority
+    reasoning_effort verbosity parallel_tool_calls prediction web_search_options moderation request_id priority
     session_id""".split()
 )
 # Would change the answer and is not implemented: refused unless empty. Values that mean "off" are listed.
@@ -126,6 +126,7 @@ class SamplingFields(Body):
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    rid: str | None = None
 
     def check(self) -> None:
         """Beside the types: how many stop strings."""
@@ -215,7 +216,7 @@ class ChatCompletionRequest(SamplingFields):
         if not self.messages:
             raise RequestError("messages must hold at least one message.", param="messages", code="empty_array")
         for i, message in enumerate(self.messages):
-            _check_message(message, f"messages[{i}]")
+            check_message(message, f"messages[{i}]")
 
     def given(self) -> dict[str, Any]:
         """max_completion_tokens wins over max_tokens."""
@@ -244,7 +245,8 @@ def check_metadata(metadata: Mapping[str, str] | None) -> None:
         raise RequestError("metadata: keys have at most 64 characters and values 512.", param="metadata")
 
 
-def _check_message(message: Mapping[str, Any], param: str) -> None:
+def check_message(message: Mapping[str, Any], param: str) -> None:
+    """Raises `RequestError` for what no template could take."""
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(

@@ -1,0 +1,305 @@
+"""POST /v1/responses without a memory: the whole conversation comes with each request, and nothing is kept."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+
+from sightline.engine.output import CompletionOutput, RequestOutput
+from sightline.errors import NotFoundError, OverloadedError, RequestError
+from sightline.prompt.pipeline import Prompt
+from sightline.server.errors import error_body
+from sightline.server.exchange import Exchange, check_model, logprob_entries, renamed
+from sightline.server.lifecycle import Lifecycle
+from sightline.server.schema import SamplingFields, StreamOptions, check_message, check_metadata, check_stream_options
+from sightline.server.sse import ClientGone, until_client_goes
+from sightline.types import FinishReason
+
+router = APIRouter()
+
+_LOGPROBS = "message.output_text.logprobs"
+_INCLUDABLE = frozenset(
+    (
+        _LOGPROBS,
+        "reasoning.encrypted_content",
+        "message.input_image.image_url",
+        "web_search_call.action.sources",
+        "web_search_call.results",
+        "code_interpreter_call.outputs",
+        "computer_call_output.output.image_url",
+        "file_search_call.results",
+    )
+)
+_NO_MEMORY = "this server keeps no responses; send the whole conversation in input"
+
+
+class TextOptions(BaseModel):
+    """`text`: only plain text is served."""
+
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ResponsesRequest(SamplingFields):
+    """Body of POST /v1/responses."""
+
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    text: TextOptions | None = None
+    reasoning: dict[str, Any] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    background: bool | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def check(self) -> None:
+        """What would need a memory or is not served is refused."""
+        super().check()
+        for name in ("previous_response_id", "conversation"):
+            if getattr(self, name):
+                raise RequestError(f"{name}: {_NO_MEMORY}.", param=name)
+        if self.prompt:
+            raise RequestError("prompt: this server keeps no prompt templates; send instructions.", param="prompt")
+        if self.background:
+            raise RequestError(f"background: {_NO_MEMORY}, and wait for the answer or stream it.", param="background")
+        if self.truncation == "auto":
+            raise RequestError("truncation: nothing is dropped here; shorten the input yourself.", param="truncation")
+        if self.n not in (None, 1):
+            raise RequestError("n: a response is one answer.", param="n")
+        kind = ((self.text and self.text.format) or {}).get("type", "text")
+        if kind != "text":
+            raise RequestError(f"text.format of type {str(kind)[:40]!r} is not supported yet.", param="text.format")
+        if unknown := sorted(set(self.include or ()) - _INCLUDABLE):
+            raise RequestError(f"include: {unknown[0][:80]!r} is not known.", param="include")
+        if self.top_logprobs is not None and not self.with_logprobs:
+            raise RequestError(f"top_logprobs needs {_LOGPROBS!r} in include.", param="top_logprobs")
+        check_stream_options(self.stream_options, self.stream)
+        check_metadata(self.metadata)
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether `include` asks for log-probabilities."""
+        return _LOGPROBS in (self.include or ())
+
+    def given(self) -> dict[str, Any]:
+        """max_output_tokens is this API's name."""
+        max_tokens = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
+        logprobs = (self.top_logprobs or 0) if self.with_logprobs else None
+        return {**super().given(), "max_tokens": max_tokens, "logprobs": logprobs}
+
+    def spelling(self, name: str) -> str:
+        """As OpenAI spells them here."""
+        return {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}.get(name, name)
+
+    def conversation_messages(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Messages of a chat, and for each where it comes from. Raises `RequestError` naming the item."""
+        messages: list[dict[str, Any]] = []
+        origins: list[str] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
+            origins.append("instructions")
+        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        for i, item in enumerate(items):
+            where = "input" if isinstance(self.input, str) else f"input[{i}]"
+            message = _message(item, where)
+            if message is not None:
+                check_message(message, where)
+                messages.append(message)
+                origins.append(where)
+        if len(messages) == bool(self.instructions):
+            raise RequestError("input must hold at least one message.", param="input", code="empty_array")
+        return messages, origins
+
+
+def _message(item: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """A message of a chat; None for an item that says nothing to these models."""
+    kind = item.get("type", "message")
+    if kind == "reasoning":
+        return None
+    if kind != "message":
+        raise RequestError(f"{where} of type {str(kind)[:40]!r} is not supported; use messages.", param=f"{where}.type")
+    content = item.get("content")
+    for j, part in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(part, dict) and part.get("file_id"):
+            at = f"{where}.content[{j}].file_id"
+            raise RequestError("file_id: this server keeps no files; send the picture as image_url.", param=at)
+    return {"role": item.get("role"), "content": content}
+
+
+@router.post("/v1/responses")
+async def responses(request: Request) -> Response:
+    """Answer a conversation given as items."""
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    body = ResponsesRequest.parse(await request.body())
+    check_model(lifecycle, body.model)
+    return await _Response(lifecycle, body).respond(request, stream=bool(body.stream))
+
+
+@router.post("/v1/responses/input_tokens")
+async def input_tokens(request: Request) -> Response:
+    """How many tokens the input has, pictures included, without computing anything."""
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    body = ResponsesRequest.parse(await request.body())
+    check_model(lifecycle, body.model)
+    with lifecycle.admit():
+        try:
+            prompt = await until_client_goes(request.receive, _prompt(lifecycle, body))
+        except ClientGone:
+            return Response(status_code=499)
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.input_ids)})
+
+
+@router.get("/v1/responses/{response_id}")
+@router.delete("/v1/responses/{response_id}")
+@router.post("/v1/responses/{response_id}/cancel")
+async def stored(response_id: str) -> Response:
+    """Nothing is kept."""
+    raise NotFoundError(f"No response {response_id[:80]!r}: {_NO_MEMORY}.", param="response_id")
+
+
+async def _prompt(lifecycle: Lifecycle, body: ResponsesRequest) -> Prompt:
+    messages, origins = body.conversation_messages()
+
+    def rename(param: str) -> str:
+        found = re.match(r"messages\[(\d+)\]", param)
+        return origins[int(found[1])] + param[found.end() :] if found else param.replace("messages", "input")
+
+    with renamed(rename):
+        return await lifecycle.pipeline.chat(messages, template_kwargs=body.chat_template_kwargs)
+
+
+class _Response(Exchange):
+    named_events = True
+
+    def __init__(self, lifecycle: Lifecycle, body: ResponsesRequest) -> None:
+        sampling = body.sampling(lifecycle.sampling_defaults, lifecycle.pipeline.tokenizer.vocab_size)
+        super().__init__(lifecycle, f"resp_{uuid.uuid4().hex}", [sampling], body.rid)
+        self.request = body
+        self.item_id = f"msg_{uuid.uuid4().hex}"
+        self._numbers = itertools.count()
+
+    async def prompts(self) -> list[Prompt]:
+        return [await _prompt(self.lifecycle, self.request)]
+
+    def body(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """The response object."""
+        return self._finished(outputs[0].outputs[0])
+
+    # -- objects -------------------------------------------------------------------------------------------------------
+
+    def _object(self, status: str, **fields: Any) -> dict[str, Any]:
+        body, sampling = self.request, self.sampling[0]
+        return {
+            "id": self.request_id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self.lifecycle.model_name,
+            "output": [],
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "prompt_cache_key": body.prompt_cache_key,
+            "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": "default",
+            # Whatever was asked: nothing is stored.
+            "store": False,
+            "temperature": sampling.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_logprobs": body.top_logprobs or 0,
+            "top_p": sampling.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": body.user,
+            **fields,
+        }
+
+    def _finished(self, output: CompletionOutput) -> dict[str, Any]:
+        cut = output.finish_reason == FinishReason.LENGTH
+        status = "incomplete" if cut else "completed"
+        return self._object(
+            status,
+            incomplete_details={"reason": "max_output_tokens"} if cut else None,
+            output=[self._item(status, [self._part(output)])],
+            usage=self.usage(),
+        )
+
+    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _part(self, output: CompletionOutput) -> dict[str, Any]:
+        logprobs = logprob_entries(self.tokenizer, output.logprobs)
+        return {"type": "output_text", "text": output.text, "annotations": [], "logprobs": logprobs}
+
+    def usage(self) -> dict[str, Any]:
+        """This API's names for the counts."""
+        return {
+            "input_tokens": self.num_prompt,
+            "input_tokens_details": {
+                "cached_tokens": self.num_cached,
+                "image_tokens": self.num_image,
+                "text_tokens": self.num_prompt - self.num_image,
+            },
+            "output_tokens": self.num_completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.num_prompt + self.num_completion,
+        }
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def _event(self, type: str, **fields: Any) -> dict[str, Any]:
+        return {"type": f"response.{type}", "sequence_number": next(self._numbers), **fields}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any]]:
+        """The event sequence of one message with one part of text."""
+        output = CompletionOutput(0)
+        whole = RequestOutput(self.request_id, [output], self.num_prompt, self.num_image)
+        place = {"item_id": self.item_id, "output_index": 0, "content_index": 0}
+        yield self._event("created", response=self._object("in_progress"))
+        yield self._event("in_progress", response=self._object("in_progress"))
+        yield self._event("output_item.added", output_index=0, item=self._item("in_progress", []))
+        yield self._event("content_part.added", **place, part=self._part(output))
+        async for _, delta in self.deltas():
+            whole.append(delta)
+            if delta.text or delta.logprobs:
+                logprobs = logprob_entries(self.tokenizer, delta.logprobs)
+                yield self._event("output_text.delta", **place, delta=delta.text, logprobs=logprobs)
+        part, response = self._part(output), self._finished(output)
+        yield self._event("output_text.done", **place, text=output.text, logprobs=part["logprobs"])
+        yield self._event("content_part.done", **place, part=part)
+        yield self._event("output_item.done", output_index=0, item=response["output"][0])
+        yield self._event(response["status"], response=response)
+
+    def failure(self, error: Exception) -> dict[str, Any]:
+        """response.failed."""
+        code = "rate_limit_exceeded" if isinstance(error, OverloadedError) and error.status == 429 else "server_error"
+        shown = {"code": code, "message": error_body(error)["error"]["message"]}
+        return self._event("failed", response=self._object("failed", error=shown))

@@ -32,7 +32,7 @@ test: $(TOOLS) ## run every test that needs no GPU
 	@$(BIN)/python -m pytest -q --ignore=tests/gpu -n $(WORKERS) $(ARGS)
 
 test-gpu: $(TOOLS) ## run the tests that need a CUDA device (skipped, with the reason, without one)
-	@$(BIN)/python -m pytest -q tests/gpu $(ARGS)
+	@$(BIN)/python -m pytest -q tests/gpu tests/kernels $(ARGS)
 
 check: $(TOOLS) ## lint, format, types and the import ladder
 	@$(BIN)/ruff check .

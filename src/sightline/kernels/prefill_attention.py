@@ -1,0 +1,267 @@
+"""Causal attention of prompt chunks over the paged cache.
+
+The algorithm is FlashAttention-2's (Dao 2023, arXiv:2307.08691): a tile of queries walks over the keys with a running
+maximum and sum. A tile's rows are the query heads of one key head for a few consecutive tokens, so that a key is loaded
+once for all of them and few keys of a tile lie above the diagonal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sightline.kernels.common import dot, key_slots
+
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _walk(
+    acc,
+    top,
+    total,
+    q,
+    k_base,
+    v_base,
+    table,
+    first,
+    end,
+    limit,
+    scale,
+    stride_page,
+    stride_slot,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Keys first .. end - 1 in blocks; `limit` [BLOCK_M] is the last key that each row sees, asked only if MASKED."""
+    dims = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, BLOCK_N)
+    for start in range(first, end, BLOCK_N):
+        positions = start + columns
+        if MASKED:
+            present = positions < end
+            slots = key_slots(table, positions, present, stride_page, stride_slot, PAGE_SIZE)
+            mask = present[:, None] & (dims < HEAD_DIM)[None, :]
+            k = tl.load(k_base + slots[:, None] + dims[None, :], mask=mask, other=0.0)
+            v = tl.load(v_base + slots[:, None] + dims[None, :], mask=mask, other=0.0)
+        else:
+            slots = key_slots(table, positions, None, stride_page, stride_slot, PAGE_SIZE)
+            if BLOCK_D == HEAD_DIM:
+                k = tl.load(k_base + slots[:, None] + dims[None, :])
+                v = tl.load(v_base + slots[:, None] + dims[None, :])
+            else:
+                mask = (dims < HEAD_DIM)[None, :]
+                k = tl.load(k_base + slots[:, None] + dims[None, :], mask=mask, other=0.0)
+                v = tl.load(v_base + slots[:, None] + dims[None, :], mask=mask, other=0.0)
+        scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+        if MASKED:
+            seen = (positions[None, :] <= limit[:, None]) & present[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, 1)
+        acc = dot(weights.to(v.dtype), v, acc * fade[:, None])
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["tiles", "cu_seqlens_q", "kv_lens", "page_table"],
+)
+def _prefill_kernel(
+    q,
+    k,
+    v,
+    out,
+    tiles,
+    cu_seqlens_q,
+    kv_lens,
+    page_table,
+    scale,
+    stride_table,
+    q_stride_row,
+    q_stride_head,
+    out_stride_row,
+    out_stride_head,
+    stride_page,
+    stride_slot,
+    stride_head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Program (kv_head, tile)."""
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    kv_head = tl.program_id(0)
+    sequence = tl.load(tiles + 2 * tl.program_id(1))
+    first = tl.load(tiles + 2 * tl.program_id(1) + 1)
+    row0 = tl.load(cu_seqlens_q + sequence)
+    q_len = tl.load(cu_seqlens_q + sequence + 1) - row0
+    history = tl.load(kv_lens + sequence) - q_len
+
+    m = tl.arange(0, BLOCK_M)
+    token = first + m // GROUP
+    head = kv_head * GROUP + m % GROUP
+    dims = tl.arange(0, BLOCK_D)
+    live = (m < TOKENS * GROUP) & (token < q_len)
+    mask = live[:, None] & (dims < HEAD_DIM)[None, :]
+    row = (row0 + token).to(tl.int64)
+    queries = tl.load(
+        q + (row * q_stride_row + head * q_stride_head)[:, None] + dims[None, :],
+        mask=mask,
+        other=0.0,
+    )
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    k_base = k + kv_head * stride_head
+    v_base = v + kv_head * stride_head
+    table = page_table + sequence.to(tl.int64) * stride_table
+    # every row sees the keys before `whole`; the tile's last row sees those before `end`
+    whole = (history + first + 1) // BLOCK_N * BLOCK_N
+    end = history + tl.minimum(first + TOKENS, q_len)
+    limit = history + token
+    acc, top, total = _walk(
+        acc, top, total, queries, k_base, v_base, table, 0, whole, limit, scale,
+        stride_page, stride_slot, False, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
+    )  # fmt: skip
+    acc, top, total = _walk(
+        acc, top, total, queries, k_base, v_base, table, whole, end, limit, scale,
+        stride_page, stride_slot, True, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
+    )  # fmt: skip
+    tl.store(
+        out + (row * out_stride_row + head * out_stride_head)[:, None] + dims[None, :],
+        (acc / total[:, None]).to(out.dtype.element_ty),
+        mask=mask,
+    )
+
+
+class Tile(NamedTuple):
+    """Query rows and keys of a tile, and how it is compiled. Hopper's tensor cores take 64 rows for each four warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_tile(dtype: torch.dtype) -> Tile:
+    """The tile that is used unless a caller names another; float32 is for tests."""
+    return Tile(128, 64, 8, 5) if dtype.itemsize == 2 else Tile(64, 32, 4, 2)
+
+
+def prefill_tiles(q_lens: Sequence[int], kv_lens: Sequence[int], *, group: int, tile: Tile) -> np.ndarray:
+    """int32 [num_tiles, 2]: sequence and first token (from the chunk's start) of each tile, the longest walk first.
+
+    Programs start in this order, so the short walks fill the gaps at the end. group: query heads for each key head.
+    """
+    assert group <= tile.block_m, f"{group} query heads for a key head do not fit a tile of {tile.block_m} rows"
+    tokens = tile.block_m // group
+    counts = [-(-n // tokens) for n in q_lens]
+    sequence = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    first = np.concatenate([np.arange(0, n, tokens, dtype=np.int32) for n in q_lens] or [np.zeros(0, np.int32)])
+    history = np.asarray(kv_lens, np.int32) - np.asarray(q_lens, np.int32)
+    order = np.argsort(-(history[sequence] + first), kind="stable")
+    return np.stack([sequence, first], axis=1)[order]
+
+
+def prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    page_table: Tensor,
+    tiles: Tensor,
+    *,
+    tile: Tile,
+    out: Tensor | None = None,
+) -> Tensor:
+    """q [T, num_heads, head_dim] -> the same shape; row r of sequence i sees keys 0 .. kv_len - q_len + r.
+
+    k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]. cu_seqlens_q: int32 [B + 1], offsets into q; kv_lens:
+    int32 [B]; page_table: int32 [B, P]; tiles: `prefill_tiles` of the same lengths and `tile`, on the device. out: written
+    instead of a new tensor, rows of no tile stay as they are. The last axis of every tensor must be contiguous. Scale is
+    head_dim ** -0.5.
+    """
+    _, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if tiles.shape[0] == 0:
+        return out
+    assert k_cache.stride() == v_cache.stride()
+    _prefill_kernel[(num_kv_heads, tiles.shape[0])](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        tiles,
+        cu_seqlens_q,
+        kv_lens,
+        page_table,
+        head_dim**-0.5 * _LOG2_E,
+        page_table.stride(0),
+        *q.stride()[:2],
+        *out.stride()[:2],
+        *k_cache.stride()[:3],
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(max(head_dim, 16)),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        PAGE_SIZE=page_size,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    """The same for sequences without history by torch's own FlashAttention (CUDA, 16 bit): the cache need not be read.
+
+    q [T, num_heads, head_dim], k, v [T, num_kv_heads, head_dim]; cu_seqlens: int32 [B + 1]; max_len: the longest sequence.
+    """
+    result = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True, False, scale=q.shape[-1] ** -0.5
+    )
+    out: Tensor = result[0]
+    return out
+
+
+def prefill_attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, page_table: Tensor
+) -> Tensor:
+    """`prefill_attention` in torch, in float32 throughout; rounds once. A sequence without keys gives zeros."""
+    page_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    out = torch.zeros_like(q)
+    offsets = cu_seqlens_q.tolist()
+    for i, kv_len in enumerate(kv_lens.tolist()):
+        rows = slice(offsets[i], offsets[i + 1])
+        q_len = offsets[i + 1] - offsets[i]
+        if q_len == 0 or kv_len == 0:
+            continue
+        pages = page_table[i, : -(-kv_len // page_size)].long()
+        keys, values = (c[pages].flatten(0, 1)[:kv_len].float() for c in (k_cache, v_cache))
+        queries = q[rows].float().unflatten(1, (num_kv_heads, -1))
+        scores = torch.einsum("qkgd,nkd->kgqn", queries, keys) * head_dim**-0.5
+        hidden = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).triu_(kv_len - q_len + 1)
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+        out[rows] = torch.einsum("kgqn,nkd->qkgd", weights, values).flatten(1, 2).to(q.dtype)
+    return out

@@ -47,7 +47,7 @@ format: $(TOOLS) ## fix what ruff can fix
 bench: $(TOOLS) ## measure sightline beside transformers generate on this CPU
 	@$(BIN)/python -m sightline.bench.compare $(ARGS)
 
-docs: $(RUNTIME) ## write docs/configuration.md from the settings' declarations
+docs: $(TOOLS) ## write the pages of docs/ that are made from the code
 	@$(BIN)/python scripts/write_docs.py
 
 wheel: $(TOOLS) ## build the wheel into dist/

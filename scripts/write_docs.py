@@ -1,9 +1,14 @@
-"""Write docs/configuration.md from the declarations in sightline/config.py: `make docs`."""
+"""Write the pages of docs/ that are made from the code: `make docs`."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.write_compatibility import COMPATIBILITY, compatibility_page, conformance_passes
 from sightline.config import ENV_PREFIX, EngineConfig, ServerConfig, declared
 
 CONFIGURATION = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -47,5 +52,13 @@ def _table(rows: list[tuple[str, tuple[str, ...], str, str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+PAGES: dict[Path, Callable[[], str]] = {
+    CONFIGURATION: configuration_page,
+    COMPATIBILITY: compatibility_page,
+}
+
 if __name__ == "__main__":
-    CONFIGURATION.write_text(configuration_page())
+    if not conformance_passes():
+        sys.exit("docs/compatibility.md says what the conformance tests prove: make them pass first")
+    for path, page in PAGES.items():
+        path.write_text(page())

@@ -88,7 +88,11 @@ class Edge:
             if message["type"] == "http.response.start":
                 response_started = True
                 milliseconds = str(int((time.monotonic() - started) * 1e3))
-                extra = [(b"x-request-id", request_id.encode()), (b"openai-processing-ms", milliseconds.encode())]
+                extra = [
+                    (b"x-request-id", request_id.encode()),
+                    (b"openai-processing-ms", milliseconds.encode()),
+                    (b"openai-version", b"2020-10-01"),
+                ]
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 

@@ -14,7 +14,7 @@ from sightline.engine.output import RequestOutput
 from sightline.errors import RequestError
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.tokenizer import Tokenizer
-from sightline.server.exchange import Exchange, check_ids, check_model, renamed, wire_logprob
+from sightline.server.exchange import Exchange, check_ids, check_model, wire_logprob
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import SamplingFields, StreamOptions, check_stream_options
 from sightline.types import FinishReason, TokenLogprob
@@ -99,8 +99,7 @@ class _Completion(Exchange):
         }
 
     async def prompts(self) -> list[Prompt]:
-        with renamed(lambda param: "prompt"):
-            return await asyncio.gather(*map(self.lifecycle.pipeline.text, self.each_prompt))
+        return await asyncio.gather(*map(self.lifecycle.pipeline.text, self.each_prompt))
 
     def _echo(self, i: int) -> str:
         prompt = self.each_prompt[i]

@@ -103,6 +103,10 @@ class Exchange(ABC):
     def events(self) -> AsyncGenerator[Any]:
         """The answer as events, made of `deltas`; None is sent as [DONE]."""
 
+    def rename(self, param: str) -> str:
+        """A field of chat messages or raw prompts, as the client of this dialect knows it."""
+        return param
+
     def failure(self, error: Exception) -> Any:
         """The event of an error in mid-stream; the stream ends with it."""
         return error_body(error)
@@ -116,7 +120,7 @@ class Exchange(ABC):
                 f"The request has {len(self.sampling)} prompts; at most "
                 f"{self.lifecycle.config.max_queued_requests} are allowed."
             )
-        with ExitStack() as stack:
+        with renamed(self.rename), ExitStack() as stack:
             for _ in self.sampling:
                 stack.enter_context(self.lifecycle.admit())
             stack.enter_context(self._registered(request.app.state.exchanges))
@@ -176,9 +180,10 @@ class Exchange(ABC):
     async def _logged_events(self) -> AsyncGenerator[Any]:
         finish: str | None = "client gone"
         try:
-            async with aclosing(self.events()) as events:
-                async for event in events:
-                    yield event
+            with renamed(self.rename):
+                async with aclosing(self.events()) as events:
+                    async for event in events:
+                        yield event
             finish = self._finish
         except (EngineError, OverloadedError, RequestError) as error:
             finish = "error"

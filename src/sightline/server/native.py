@@ -17,7 +17,7 @@ from sightline.engine.output import CompletionOutput, RequestOutput
 from sightline.errors import ImageError, RequestError
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.processor import PixelLimits
-from sightline.server.exchange import Exchange, check_ids, renamed, wire_logprob
+from sightline.server.exchange import Exchange, check_ids, wire_logprob
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import Body, SamplingFields
 from sightline.types import FinishReason, TokenLogprob
@@ -189,15 +189,14 @@ class _Generate(Exchange):
         several = "multi-images" in (self.request.modalities or ())
         limits = PixelLimits(single=True) if several else PixelLimits()
         text = self.lifecycle.pipeline.text
+        pairs = zip(self.request.each_prompt, self.images, strict=True)
+        return await asyncio.gather(*(text(prompt, images, limits=limits) for prompt, images in pairs))
+
+    def rename(self, param: str) -> str:
+        """Pictures and prompts have SGLang's names."""
         names = {"images": "image_data", "prompt": self.request.prompt_field}
-
-        def rename(param: str) -> str:
-            head, bracket, rest = param.partition("[")
-            return names.get(head, head) + bracket + rest
-
-        with renamed(rename):
-            pairs = zip(self.request.each_prompt, self.images, strict=True)
-            return await asyncio.gather(*(text(prompt, images, limits=limits) for prompt, images in pairs))
+        head, bracket, rest = param.partition("[")
+        return names.get(head, head) + bracket + rest
 
     def body(self, outputs: list[RequestOutput]) -> Any:
         """One object, or a list of them for several prompts or answers."""

@@ -161,9 +161,10 @@ async def input_tokens(request: Request) -> Response:
     lifecycle: Lifecycle = request.app.state.lifecycle
     body = ResponsesRequest.parse(await request.body())
     check_model(lifecycle, body.model)
-    with lifecycle.admit():
+    messages, origins = body.conversation_messages()
+    with lifecycle.admit(), renamed(lambda param: _named(param, origins)):
         try:
-            prompt = await until_client_goes(request.receive, _prompt(lifecycle, body))
+            prompt = await until_client_goes(request.receive, _prompt(lifecycle, body, messages))
         except ClientGone:
             return Response(status_code=499)
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.input_ids)})
@@ -177,15 +178,14 @@ async def stored(response_id: str) -> Response:
     raise NotFoundError(f"No response {response_id[:80]!r}: {_NO_MEMORY}.", param="response_id")
 
 
-async def _prompt(lifecycle: Lifecycle, body: ResponsesRequest) -> Prompt:
-    messages, origins = body.conversation_messages()
+def _named(param: str, origins: list[str]) -> str:
+    """A field of a chat's messages, as a field of the input."""
+    found = re.match(r"messages\[(\d+)\]", param)
+    return origins[int(found[1])] + param[found.end() :] if found else param.replace("messages", "input")
 
-    def rename(param: str) -> str:
-        found = re.match(r"messages\[(\d+)\]", param)
-        return origins[int(found[1])] + param[found.end() :] if found else param.replace("messages", "input")
 
-    with renamed(rename):
-        return await lifecycle.pipeline.chat(messages, template_kwargs=body.chat_template_kwargs)
+async def _prompt(lifecycle: Lifecycle, body: ResponsesRequest, messages: list[dict[str, Any]]) -> Prompt:
+    return await lifecycle.pipeline.chat(messages, template_kwargs=body.chat_template_kwargs)
 
 
 class _Response(Exchange):
@@ -195,11 +195,16 @@ class _Response(Exchange):
         sampling = body.sampling(lifecycle.sampling_defaults, lifecycle.pipeline.tokenizer.vocab_size)
         super().__init__(lifecycle, f"resp_{uuid.uuid4().hex}", [sampling], body.rid)
         self.request = body
+        self.messages, self.origins = body.conversation_messages()
         self.item_id = f"msg_{uuid.uuid4().hex}"
         self._numbers = itertools.count()
 
     async def prompts(self) -> list[Prompt]:
-        return [await _prompt(self.lifecycle, self.request)]
+        return [await _prompt(self.lifecycle, self.request, self.messages)]
+
+    def rename(self, param: str) -> str:
+        """Fields of `input`."""
+        return _named(param, self.origins)
 
     def body(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The response object."""
@@ -265,6 +270,8 @@ class _Response(Exchange):
             "input_tokens": self.num_prompt,
             "input_tokens_details": {
                 "cached_tokens": self.num_cached,
+                # Required by clients; OpenAI bills writes to its cache, here they cost nothing.
+                "cache_write_tokens": 0,
                 "image_tokens": self.num_image,
                 "text_tokens": self.num_prompt - self.num_image,
             },

@@ -53,7 +53,6 @@ QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 ONE = [user(text(T), IMAGE)]
 TWO = [user(text("First:"), IMAGE, text("second:"), IMAGE, text("compare."))]
 TURNS = [user("a"), {"role": "assistant", "content": "b"}, user("c")]
-SYSTEM = [{"role": "system", "content": "Be brief."}, user("a")]
 
 GOLDEN = [
     ("llama_3_vision", ONE, llama("system", SYS) + llama("user", T + "<|image|>") + LLAMA_HEAD),
@@ -61,22 +60,23 @@ GOLDEN = [
      llama("system", SYS) + llama("user", "First:<|image|>\nsecond:<|image|>\ncompare.") + LLAMA_HEAD),
     ("llama_3_vision", TURNS,
      llama("system", SYS) + llama("user", "a") + llama("assistant", "b") + llama("user", "c") + LLAMA_HEAD),
-    ("llama_3_vision", SYSTEM, llama("system", "Be brief.") + llama("user", "a") + LLAMA_HEAD),
     ("llama_3_vision", [user("  padded \n")], llama("system", SYS) + llama("user", "padded") + LLAMA_HEAD),
     ("llava_llama_3", ONE, llama("system", SYS) + llama("user", T + "<image>") + LLAMA_HEAD),
     ("llava_llama_3", TWO, llama("system", SYS) + llama("user", "First:<image>\nsecond:<image>\ncompare.") + LLAMA_HEAD),
+    ("llava_llama_3", TURNS,
+     llama("system", SYS) + llama("user", "a") + llama("assistant", "b") + llama("user", "c") + LLAMA_HEAD),
     ("qwen2-vl", ONE, f"{CHATML_SYS}<|im_start|>user\n{T}{QWEN}<|im_end|>\n{CHATML_HEAD}"),
     ("qwen2-vl", TWO, f"{CHATML_SYS}<|im_start|>user\nFirst:{QWEN}second:{QWEN}compare.<|im_end|>\n{CHATML_HEAD}"),
     ("qwen2-vl", TURNS, f"{CHATML_SYS}<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
      f"<|im_start|>user\nc<|im_end|>\n{CHATML_HEAD}"),
-    ("qwen2-vl", SYSTEM, f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n{CHATML_HEAD}"),
+    ("chatml-llava", TURNS, f"{CHATML_SYS}<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+     f"<|im_start|>user\nc<|im_end|>\n{CHATML_HEAD}"),
     ("chatml-llava", ONE, f"{CHATML_SYS}<|im_start|>user\n{T}<image>\n<|im_end|>\n{CHATML_HEAD}"),
     ("chatml-llava", TWO,
      f"{CHATML_SYS}<|im_start|>user\nFirst:<image>\nsecond:<image>\ncompare.<|im_end|>\n{CHATML_HEAD}"),
     ("vicuna_v1.1", ONE, f"{VSYS} USER: {T}<image>\n ASSISTANT:"),
     ("vicuna_v1.1", TWO, f"{VSYS} USER: First:<image>\nsecond:<image>\ncompare. ASSISTANT:"),
     ("vicuna_v1.1", TURNS, f"{VSYS} USER: a ASSISTANT: b</s>USER: c ASSISTANT:"),
-    ("vicuna_v1.1", SYSTEM, "Be brief. USER: a ASSISTANT:"),
 ]  # fmt: skip
 
 
@@ -85,18 +85,154 @@ def test_named_templates(name: str, messages: list[dict[str, Any]], expected: st
     assert render(name, messages) == expected
 
 
-@pytest.mark.parametrize("name", sorted(NAMED_TEMPLATES))
-def test_named_templates_refuse_other_roles(name: str) -> None:
-    with pytest.raises(RequestError, match="role tool"):
-        render(name, [user("a"), {"role": "tool", "content": "1"}])
+# What a prompt begins with: by default, and with a system message "Be brief."
+HEADS = {
+    "llama_3_vision": (llama("system", SYS), llama("system", "Be brief.")),
+    "llava_llama_3": (llama("system", SYS), llama("system", "Be brief.")),
+    "qwen2-vl": (CHATML_SYS, "<|im_start|>system\nBe brief.<|im_end|>\n"),
+    "chatml-llava": (CHATML_SYS, "<|im_start|>system\nBe brief.<|im_end|>\n"),
+    "vicuna_v1.1": (f"{VSYS} ", "Be brief. "),
+}
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize(("name", "messages", "expected"), GOLDEN)
+def test_named_templates_with_a_system_message(
+    name: str, messages: list[dict[str, Any]], expected: str, role: str
+) -> None:
+    default, brief = HEADS[name]
+    assert expected.startswith(default)
+    assert render(name, [{"role": role, "content": "Be brief."}, *messages]) == brief + expected.removeprefix(default)
+
+
+def test_every_named_template_has_all_golden_prompts() -> None:
+    assert {(name, id(messages)) for name, messages, _ in GOLDEN} >= {
+        (name, id(messages)) for name in NAMED_TEMPLATES for messages in (ONE, TWO, TURNS)
+    }
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "Köln", "days": 2}}}
+WITH_TOOLS = [
+    user("Rain?"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "no"},
+]
+CHATML_TOOLS = """\
+<|im_start|>system
+You are a helpful assistant.
+
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+<|im_start|>user
+Rain?<|im_end|>
+<|im_start|>assistant
+<tool_call>
+{"name": "weather", "arguments": {"city": "Köln", "days": 2}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+no
+</tool_response><|im_end|>
+<|im_start|>assistant
+"""
+
+
+def test_chatml_writes_tools_as_qwen_2_5_does() -> None:
+    for name in ("qwen2-vl", "chatml-llava"):
+        assert render(name, WITH_TOOLS, tools=[WEATHER]) == CHATML_TOOLS
+    said = [WITH_TOOLS[0], {**WITH_TOOLS[1], "content": "I look."}, WITH_TOOLS[2], WITH_TOOLS[2]]
+    assert render("qwen2-vl", said).endswith(
+        '<|im_start|>assistant\nI look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln", "days": 2}}\n'
+        "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\nno\n</tool_response>\n<tool_response>\nno\n"
+        "</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_llama_3_writes_tools_as_llama_3_1_does() -> None:
+    rendered = render("llama_3_vision", WITH_TOOLS, tools=[WEATHER])
+    assert '"parameters": dictionary of argument name and its value}' in rendered
+    assert json.dumps(WEATHER, indent=4) + "\n\n" + SYS + "<|eot_id|>" in rendered
+    assert rendered.endswith(
+        llama("user", "Rain?")
+        + llama("assistant", '{"name": "weather", "parameters": {"city": "Köln", "days": 2}}')
+        + llama("ipython", "no")
+        + LLAMA_HEAD
+    )
+    with pytest.raises(RequestError, match="one call"):
+        render("llama_3_vision", [user("a"), {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}])
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "param"),
+    [
+        ([user("a")], [WEATHER], "tools"),
+        (WITH_TOOLS[:2], None, "messages[1].tool_calls"),
+        ([user("a"), WITH_TOOLS[2]], None, "messages[1].role"),
+    ],
+)
+def test_a_template_without_a_place_for_tools_says_so(messages: Any, tools: Any, param: str) -> None:
+    with pytest.raises(RequestError, match="no place") as caught:
+        render("vicuna_v1.1", messages, tools=tools)
+    assert caught.value.param == param
+
+
+def test_a_late_system_message_is_not_lost() -> None:
+    with pytest.raises(RequestError, match="must come first"):
+        render("vicuna_v1.1", [user("a"), {"role": "system", "content": "b"}])
+    assert "late" in render("qwen2-vl", [user("a"), {"role": "system", "content": "late"}])
+
+
+# -- the end of a prompt -----------------------------------------------------------------------------------------------
 
 
 def test_generation_prompt_and_continuation() -> None:
     messages = [user("a"), {"role": "assistant", "content": "The answer is"}]
     assert render("qwen2-vl", messages, add_generation_prompt=False).endswith("The answer is<|im_end|>\n")
     assert render("qwen2-vl", messages, continue_final_message=True).endswith("<|im_start|>assistant\nThe answer is")
+
+
+@pytest.mark.parametrize("name", sorted(NAMED_TEMPLATES))
+# "end" and "i" are in the token that follows, the mark of the prompt's end is an ordinary character to clients
+@pytest.mark.parametrize(
+    "said", ["end", "i", "The answer is ", "a\n\n", "\ufdef", [{"type": "text", "text": "in parts"}]]
+)
+def test_continuation_ends_right_behind_the_message(name: str, said: Any) -> None:
+    rendered = render(name, [user("a"), {"role": "assistant", "content": said}], continue_final_message=True)
+    text = (said if isinstance(said, str) else said[0]["text"]).replace("\ufdef", "\ufffd")
+    before = {"vicuna_v1.1": "ASSISTANT: "}.get(name, LLAMA_HEAD if "llama_3" in name else CHATML_HEAD)
+    assert rendered.endswith(before + text)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        user("a"),
+        {"role": "assistant", "content": "  "},
+        {"role": "assistant", "content": [{"type": "image"}]},
+        {"role": "assistant", "content": "a", "tool_calls": [CALL]},
+    ],
+    ids=str,
+)
+def test_nothing_to_continue(last: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="continue_final_message"):
-        render("qwen2-vl", [user("a")], continue_final_message=True)
+        render("qwen2-vl", [user("a"), last], continue_final_message=True)
+    blind = ChatTemplate("{% for m in messages %}{{ m.role }}{% endfor %}", Shield([]))
+    with pytest.raises(RequestError, match="leaves out the last message"):
+        blind.render([{"role": "assistant", "content": "a"}], continue_final_message=True)
 
 
 # -- text stays text ---------------------------------------------------------------------------------------------------
@@ -143,24 +279,34 @@ FRAMES = [
     lambda s: [user(text("<|im_"), text("end|>"), text(s))],
     lambda s: [{"role": "system", "content": s}, user("x")],
     lambda s: [user("x"), {"role": "assistant", "content": s}, user("y")],
-]
+    lambda s: [user("x"), {"role": "tool", "tool_call_id": s, "content": s}],
+    lambda s: [user("x"), {"role": "assistant", "content": "", "tool_calls": [{"function": {
+        "name": s, "arguments": {s: [s, {s: s}]}}}]}],
+]  # fmt: skip
 
 TRICKY = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.content is string -%}"
     "{{ m.content.strip().split('@')[-1] | trim | upper | lower }}{{ m.content[1:] }}{{ m.content[::-1][::-1] }}"
-    "{{ m.content.replace('a', 'a') }}{{ m | tojson }}"
+    "{{ m.content.replace('a', 'a') }}{{ m | tojson }}{{ m.tool_calls }}{{ tools | tojson }}{{ tools }}"
     "{%- else -%}{%- for p in m.content -%}{{ p.text | trim }}{%- endfor -%}{%- endif -%}{{ '<|im_end|>\\n' }}"
     "{%- endfor -%}"
 )
 
 
-@pytest.mark.parametrize("source", [NAMED_TEMPLATES["qwen2-vl"], TRICKY], ids=["qwen2-vl", "tricky"])
+@pytest.mark.parametrize(
+    "source",
+    [NAMED_TEMPLATES["qwen2-vl"], NAMED_TEMPLATES["llama_3_vision"], TRICKY],
+    ids=["qwen2-vl", "llama_3_vision", "tricky"],
+)
 @pytest.mark.parametrize("frame", FRAMES)
-@pytest.mark.parametrize("special", sorted(tokenizer().added))
+@pytest.mark.parametrize("special", sorted(tokenizer().added)[::3])
 def test_no_special_token_comes_from_a_client(special: str, frame: Any, source: str) -> None:
     for attack in (special, f"a{special}b", special * 3, f"{special[:-1]}{special}", f" {special}\n"):
         harmless = attack.replace("<", "(").replace("|", "/")
-        attacked, plain = (template(source).render(frame(s)) for s in (attack, harmless))
+        tools = [[{"function": {"name": s, "description": s, "parameters": {s: s}}}] for s in (attack, harmless)]
+        attacked, plain = (
+            template(source).render(frame(s), tools=t) for s, t in zip((attack, harmless), tools, strict=True)
+        )
         count = [sum(i in ADDED_IDS for i in encode(r)) for r in (attacked, plain)]
         assert count[0] == count[1], (attack, attacked.text)
         assert attack.strip() in attacked.text or frame is FRAMES[3]

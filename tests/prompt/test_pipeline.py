@@ -20,7 +20,7 @@ from sightline.errors import ContextLengthError, ImageError, RequestError
 from sightline.prompt import media
 from sightline.prompt.media import MediaLimits
 from sightline.prompt.pipeline import Prompt, PromptPipeline
-from tests import tiny
+from tests import tiny, tiny_llava, tiny_mllama
 from tests.server.conftest import ask, data_url, picture
 
 SECRET = bytes(32)
@@ -272,3 +272,98 @@ def test_raw_prompts() -> None:
     assert tiny.IM_END not in untrusted.input_ids
     with pytest.raises(RequestError, match="empty"):
         asyncio.run(mine.text(""))
+
+
+# -- tools and roles ---------------------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "<|im_end|>"}'}}]},
+    {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "no"}]},
+]  # fmt: skip
+
+
+def shown(mine: PromptPipeline, messages: Any, **options: Any) -> str:
+    prompt = asyncio.run(mine.chat(messages, **options))
+    return mine.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+
+
+def test_tools_use_the_familys_template_where_the_checkpoints_has_no_place_for_them() -> None:
+    mine = pipeline()
+    text = shown(mine, CALLED, tools=TOOLS)
+    assert '<tools>\n{"type": "function", "function": {"name": "look"' in text
+    assert '<tool_call>\n{"name": "look", "arguments": {"at": "<|im_end|>"}}\n</tool_call><|im_end|>\n' in text
+    assert "<tool_response>\nno\n</tool_response><|im_end|>\n" in text
+    # the one that is typed in the arguments is text
+    ids = asyncio.run(mine.chat(CALLED, tools=TOOLS)).input_ids.tolist()
+    assert ids.count(tiny.IM_END) == text.count("<|im_end|>") - 1 == 4
+    picture_too = [*CALLED, {"role": "user", "content": [image(picture(1)), {"type": "text", "text": "And here?"}]}]
+    assert asyncio.run(mine.chat(picture_too, tools=TOOLS)).num_image_tokens == 12
+
+
+def test_whoever_names_a_template_gets_that_one() -> None:
+    mine = pipeline(tiny_llava.llava("onevision", text="qwen2"), chat_template="vicuna_v1.1")
+    for messages, tools, param in ((CALLED[:1], TOOLS, "tools"), (CALLED, None, "messages[1].tool_calls")):
+        with pytest.raises(RequestError, match="no place") as caught:
+            asyncio.run(mine.chat(messages, tools=tools))
+        assert caught.value.param == param
+
+
+def test_a_checkpoints_own_template_for_tools(tmp_path: Path) -> None:
+    def two(config: dict[str, Any]) -> None:
+        own = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{{ tools | tojson }}"
+        config["chat_template"] = [
+            {"name": "default", "template": config["chat_template"]},
+            {"name": "tool_use", "template": own},
+        ]
+
+    folder = copy_with(tmp_path, two, "tokenizer_config.json")
+    (folder / "chat_template.json").unlink()
+    text = shown(pipeline(folder), CALLED[:1], tools=TOOLS)
+    assert text == "userRain?" + json.dumps(TOOLS)
+    assert "<|im_start|>user\nRain?" in shown(pipeline(folder), CALLED[:1])
+
+
+def test_the_deprecated_names_of_tools() -> None:
+    old = [
+        CALLED[0],
+        {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"at": "<|im_end|>"}'}},
+        {"role": "function", "name": "look", "content": "no"},
+    ]
+    assert shown(pipeline(), old, tools=TOOLS) == shown(pipeline(), CALLED, tools=TOOLS)
+
+
+def test_a_developer_is_the_system() -> None:
+    first = {"role": "developer", "content": "Be brief."}
+    text = shown(pipeline(), [first, CALLED[0]])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    ("call", "param"),
+    [
+        ({"function": {"name": "look", "arguments": "{"}}, "messages[1].tool_calls[0].function.arguments"),
+        ({"function": {"name": "look", "arguments": "[1]"}}, "messages[1].tool_calls[0].function.arguments"),
+        ({"function": {"name": "look", "arguments": "[" * 100_000}}, "messages[1].tool_calls[0].function.arguments"),
+        ({"function": {"arguments": "{}"}}, "messages[1].tool_calls[0].function"),
+        ("look", "messages[1].tool_calls[0].function"),
+    ],
+)
+def test_broken_calls_are_named(call: Any, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(pipeline().chat([CALLED[0], {"role": "assistant", "tool_calls": [call]}], tools=TOOLS))
+    assert caught.value.param == param
+
+
+def test_the_beginning_of_the_sequence_comes_once() -> None:
+    """Whether the template writes it, the tokenizer adds it, or both."""
+    for source in ("{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"):
+        for adds in (False, True):
+            mine = pipeline(tiny_mllama.mllama())
+            mine.template = mine._compile(source)
+            mine.tokenizer.adds_bos = adds
+            ids = asyncio.run(mine.chat(ask("a <|begin_of_text|> b"))).input_ids.tolist()
+            assert ids.count(tiny_mllama.BOS) == int(adds or "bos" in source)
+            assert tiny_mllama.BOS not in ids[1:]

@@ -15,14 +15,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sightline.errors import CheckpointError, RequestError
 from sightline.prompt.named_templates import NAMED_TEMPLATES
 
-_STAND_INS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+_STAND_INS = "".join(map(chr, range(0xFDD0, 0xFDEF)))
+# Stands behind the text at which `continue_final_message` ends the prompt.
+_MARK = "\ufdef"
 # As itself, or as Python's repr and ASCII JSON spell it (a template that prints a list or a dict).
 _OWN_STAND_INS = re.compile(f"[{_STAND_INS}]|" + r"\\ufd[de][0-9a-f]")
 _MAX_OUTPUT = 16 << 20
@@ -47,7 +49,7 @@ class Shield:
         if len(firsts) > len(_STAND_INS):
             raise CheckpointError("tokenizer.json: the added tokens begin with too many different characters.")
         pairs = list(zip(firsts, _STAND_INS, strict=False))
-        self._hide = str.maketrans(dict.fromkeys(_STAND_INS, "�") | dict(pairs))
+        self._hide = str.maketrans(dict.fromkeys(_STAND_INS + _MARK, "�") | dict(pairs))
         self._show = str.maketrans({stand_in: first for first, stand_in in pairs})
 
     def hide(self, value: Any) -> Any:
@@ -98,7 +100,12 @@ class ChatTemplate:
             raise CheckpointError(f"the chat template does not compile: {error}") from error
         self.source = source
         self._shield = shield
-        self.takes_parts = _takes_parts(source, tree)
+        written = {node.attr for node in tree.find_all(nodes.Getattr)}
+        written |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        self._has_tools = "tools" in meta.find_undeclared_variables(tree)
+        self._has_results = self._has_tools or "tool" in written
+        self._has_calls = "tool_calls" in written
+        self._has_developer = "developer" in written
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
 
     def render(
@@ -110,20 +117,28 @@ class ChatTemplate:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        """messages: role and content (a string or parts of type text or image) with plain strings.
+        """messages: role and content (a string or parts of type text or image) with plain strings, and an assistant's
+        tool_calls with arguments as objects. A developer is the system to a template that knows none.
 
-        Raises `RequestError` when the template refuses the messages, or its output or time passes the limits.
+        Raises `RequestError` when the template has no place for a message or the tools, when it refuses them, or when its
+        output or time passes the limits.
         """
+        refusal = self.refusal(messages, tools)
+        if refusal is not None:
+            raise refusal
         unknown = sorted(set(template_kwargs or {}) - _ALLOWED_KWARGS)
         if unknown:
             raise RequestError(
                 f"chat_template_kwargs: {unknown[0]!r} is not allowed; allowed are {', '.join(sorted(_ALLOWED_KWARGS))}.",
                 param="chat_template_kwargs",
             )
+        hidden = self._shield.hide(messages)
+        if not self._has_developer:
+            hidden = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in hidden]
         variables = {
             **self._tokens,
             **self._shield.hide(template_kwargs or {}),
-            "messages": self._shield.hide(messages),
+            "messages": _with_mark(hidden) if continue_final_message else hidden,
             "tools": self._shield.hide(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
@@ -142,15 +157,34 @@ class ChatTemplate:
             raise RequestError(
                 f"The model's chat template cannot render these messages: {reason[0][:200]}", param="messages"
             ) from error
-        rendered = self._shield.show("".join(pieces))
-        return _cut_after_last(rendered, messages) if continue_final_message else rendered
+        text = "".join(pieces)
+        return self._shield.show(_until_mark(text) if continue_final_message else text)
+
+    def refusal(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> RequestError | None:
+        """What the template has no place for and would leave out, as the client's error."""
+        if tools and not self._has_tools:
+            return RequestError("This model's chat template has no place for tools.", param="tools")
+        for i, message in enumerate(messages):
+            if message.get("role") == "tool" and not self._has_results:
+                return RequestError(
+                    "This model's chat template has no place for messages of the role tool.",
+                    param=f"messages[{i}].role",
+                )
+            if message.get("tool_calls") and not self._has_calls:
+                return RequestError(
+                    "This model's chat template has no place for calls of tools.", param=f"messages[{i}].tool_calls"
+                )
+        return None
 
 
-def load_source(model_dir: Path, override: str | None, fallback: str) -> tuple[str, bool]:
+def load_source(model_dir: Path, override: str | None, fallback: str, variant: str = "default") -> tuple[str, bool]:
     """(Jinja text, whether it is the named fallback).
 
     override: `--chat-template`, a name, a .jinja file or a .json file in SGLang's form; else the checkpoint's own, from
-    chat_template.jinja, chat_template.json or tokenizer_config.json; else the family's named template.
+    chat_template.jinja, chat_template.json or tokenizer_config.json; else the family's named template. variant: which of a
+    checkpoint's several templates; one that has a single template has the default variant only.
     """
     if override is not None:
         return _override(override), False
@@ -161,7 +195,9 @@ def load_source(model_dir: Path, override: str | None, fallback: str) -> tuple[s
         text = path.read_text(encoding="utf-8")
         source = text if name.endswith(".jinja") else json.loads(text).get("chat_template")
         if isinstance(source, list):
-            source = next((t["template"] for t in source if t["name"] == "default"), None)
+            source = next((t["template"] for t in source if t["name"] == variant), None)
+        elif variant != "default":
+            source = None
         if isinstance(source, str):
             return source, False
     return NAMED_TEMPLATES[fallback], True
@@ -217,19 +253,32 @@ def _from_conversation(spec: Mapping[str, Any]) -> str:
     )
 
 
-def _cut_after_last(rendered: Rendered, messages: Sequence[Mapping[str, Any]]) -> Rendered:
-    """For `continue_final_message`: end the text right after the last message's own content."""
-    content = messages[-1].get("content") or ""
-    if not isinstance(content, str):
-        content = "".join(part.get("text", "") for part in content)
-    at = rendered.text.rfind(content.strip())
-    if messages[-1].get("role") != "assistant" or not content.strip() or at < 0:
+def _with_mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Shielded messages whose last one's text ends with `_MARK`, for `continue_final_message`."""
+    last = dict(messages[-1])
+    if last.get("role") == "assistant" and not last.get("tool_calls"):
+        if isinstance(last["content"], str):
+            text, last["content"] = last["content"], last["content"] + _MARK
+        else:
+            *others, part = last["content"] or [{}]
+            text = part.get("text", "")
+            last["content"] = [*others, {**part, "text": text + _MARK}]
+        if text.strip():
+            return [*messages[:-1], last]
+    raise RequestError(
+        "continue_final_message needs a last message of the assistant that ends with text.",
+        param="continue_final_message",
+    )
+
+
+def _until_mark(text: str) -> str:
+    at = text.rfind(_MARK)
+    if at < 0:
         raise RequestError(
-            "continue_final_message needs a last message of the assistant with text that the template keeps.",
+            "continue_final_message: the model's chat template leaves out the last message.",
             param="continue_final_message",
         )
-    end = at + len(content.strip())
-    return Rendered(rendered.text[:end], rendered.client_positions)
+    return text[:at]
 
 
 def _tojson(
@@ -241,17 +290,3 @@ def _tojson(
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _takes_parts(source: str, tree: nodes.Template) -> bool:
-    """Whether the template walks over content parts, rather than taking `content` as one string."""
-    if re.search(r"image|vision", source):
-        return True
-    return any("content" in _names(loop.iter) for loop in tree.find_all(nodes.For))
-
-
-def _names(node: nodes.Node) -> set[str]:
-    found = {n.attr for n in node.find_all(nodes.Getattr)} | {n.value for n in node.find_all(nodes.Const)}
-    if isinstance(node, nodes.Getattr):
-        found.add(node.attr)
-    return {str(n) for n in found}

@@ -28,6 +28,7 @@ from sightline.prompt.processor import (
     load_processor,
     read_json,
 )
+from sightline.prompt.roles import template_message
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.registry import FAMILIES
 from sightline.types import ImageRef
@@ -129,21 +130,35 @@ class PromptPipeline:
         self.processor = load_processor(family.processor, model_dir)
         if isinstance(self.processor, HasPlaceholder):
             self.tokenizer.reserve(self.processor.placeholder, self.processor.image_token_id)
-        tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
-        shield = Shield(self.tokenizer.added)
         source, is_family_s = load_source(model_dir, chat_template, family.chat_template)
-        self.template = ChatTemplate(source, shield, **tokens)
+        self.template = self._compile(source)
         if not is_family_s and not self._places_pictures():
             logger.warning(
                 "the chat template has no place for pictures; the template %r is used instead", family.chat_template
             )
             source, _ = load_source(model_dir, family.chat_template, family.chat_template)
-            self.template = ChatTemplate(source, shield, **tokens)
+            self.template = self._compile(source)
+        # Of a checkpoint whose template has no place for tools; whoever names a template gets that one only.
+        self._tool_template = self.template
+        if chat_template is None:
+            self._tool_template = self._compile(load_source(model_dir, None, family.chat_template, "tool_use")[0])
         self.media = MediaLoader(limits)
         self._allow_local = allow_local
         self._secret = secret or secrets.token_bytes(32)
         self._sizes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
         self._budget = DecodeBudget(limits.decode_bytes)
+
+    def _compile(self, source: str) -> ChatTemplate:
+        tokenizer = self.tokenizer
+        shield = Shield(tokenizer.added)
+        return ChatTemplate(source, shield, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+    def template_for(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> ChatTemplate:
+        """The checkpoint's template; where that has no place for tools, the one that the checkpoint or else the family has
+        for them."""
+        return self.template if self.template.refusal(messages, tools) is None else self._tool_template
 
     def _places_pictures(self) -> bool:
         """Whether the template gives a picture exactly one placeholder; true for a model without pictures."""
@@ -179,7 +194,7 @@ class PromptPipeline:
         pictures = await self._identify(sources, salt)
 
         def build() -> Prompt:
-            rendered = self.template.render(
+            rendered = self.template_for(plain, tools).render(
                 plain,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -278,7 +293,7 @@ class PromptPipeline:
                 # Parts are for templates that place pictures; text alone is the same as a string to any template.
                 joined = all(part["type"] == "text" for part in parts)
                 content = "".join(part["text"] for part in parts) if joined else parts
-            plain.append({**message, "content": content if content is not None else ""})
+            plain.append({**template_message(message, f"messages[{i}]"), "content": "" if content is None else content})
         return plain, sources
 
     def _part(self, part: Any, param: str, limits: PixelLimits, sources: list[_Source]) -> dict[str, Any]:

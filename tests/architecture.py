@@ -32,7 +32,7 @@ LEVEL = {layer: level for level, layers in enumerate(LADDER) for layer in layers
 # The layer of a top-level module or package is its own name, but for these. "" is sightline/__init__.py.
 LAYER_OF = {
     **dict.fromkeys(("types", "config", "errors", "registry", "logging", "hub", "version"), "base"),
-    **dict.fromkeys(("__main__", "launch_server", "doctor"), "cli"),
+    **dict.fromkeys(("__main__", "launch_server", "doctor", "utils", "test", "test_utils"), "cli"),
     "": "engine",
 }
 
@@ -59,6 +59,7 @@ MAY_USE_HTTP = {
     "prompt.media": "fetches pictures, behind the address guard",
     "cli": "is a client of a running server",
     "bench": "is a client of a running server",
+    "utils": "waits for the server that it started",
 }
 MAY_OPEN_PICTURES = {
     "prompt.media": "checks size and format before it decodes",

@@ -6,16 +6,23 @@ import base64
 import http.server
 import io
 import json
+import os
+import re
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
+import psutil
 import pytest
 import requests
 from PIL import Image, ImageDraw
 
-from tests.servers import ServerProcess
+from sightline.demo import model_path
+from sightline.utils import launch_server_cmd, terminate_process, wait_for_server
+from tests.clients.brief_page import CELLS
 
 MODEL = "sightline-tiny"
 QUESTION = "What’s in this image?"
@@ -161,16 +168,22 @@ def test_models(client: openai.OpenAI) -> None:
     assert extra["architecture"]["input_modalities"] == ["text", "image"]
 
 
+EXAMPLE = "/sgl-project/sglang/blob/main/test/lang/example_image.png?raw=true"
+LOGO = "/sgl-project/sglang/main/assets/logo.png"
+
+
 @pytest.fixture
 def picture_host() -> Iterator[str]:
+    """Serves the page's two pictures: the first behind a redirect, as its own host does."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == "/blob/example_image.png?raw=true":
+            if self.path == EXAMPLE:
                 self.send_response(302)
                 self.send_header("Location", "/raw/example_image.png")
                 self.end_headers()
                 return
-            data = encode(FIRST)
+            data = encode(SECOND if self.path == LOGO else FIRST)
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -185,14 +198,55 @@ def picture_host() -> Iterator[str]:
     host.shutdown()
 
 
-def test_the_briefs_redirecting_url_and_launch_line(picture_host: str) -> None:
-    """`--model-path` and `--chat-template` as on the page; the picture's URL redirects as the page's does."""
-    from sightline.demo import model_path
+def test_the_page_runs_cell_by_cell(picture_host: str, tmp_path: Path) -> None:
+    """Its flags, helpers and requests, in a process of its own; pictures may come from loopback by environment."""
+    names = {"MODEL": str(model_path()), "EXAMPLE": picture_host + EXAMPLE, "LOGO": picture_host + LOGO}
+    script = ""
+    for number, cell in enumerate(CELLS, 1):
+        for name, value in names.items():
+            cell = cell.replace(name, value)
+        script += f"{cell}\nprint('== end of cell {number}', flush=True)\n"
+    script += "print(vision_process.returncode)\n"
+    file = tmp_path / "page.py"
+    file.write_text(script, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        env={**os.environ, "SIGHTLINE_ALLOW_PRIVATE_MEDIA": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    start, curl, with_requests, with_openai, two_pictures, _, exit_code = re.split(r"== end of cell \d\n", done.stdout)
+    assert not start.strip()
+    answers = [json.loads(line) for line in [*curl.splitlines(), with_requests]]
+    assert len(answers) == 3
+    assert all(is_first(answer["choices"][0]["message"]["content"]) for answer in answers)
+    details = answers[1]["usage"]["prompt_tokens_details"]
+    assert details["cached_tokens"] > details["image_tokens"] > 0
+    assert is_first(with_openai)
+    first, _, second = two_pictures.partition(".")
+    assert is_first(first)
+    assert "green square" in second
+    assert exit_code.strip() == "0"
+    assert "exit code" not in done.stderr
+    assert not [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if f"--port {_port(done.stderr)}" in " ".join(p.info["cmdline"] or ())
+    ]
 
-    arguments = ["--model-path", str(model_path()), "--chat-template=qwen2-vl", "--allow-private-media"]
-    with ServerProcess(arguments, module=("sightline.launch_server",)) as process:
-        process.wait_ready()
-        client = openai.OpenAI(base_url=f"{process.base_url}/v1", api_key="None")
-        answer = client.chat.completions.create(**body(f"{picture_host}/blob/example_image.png?raw=true"))
-        assert is_first(answer.choices[0].message.content or "")
-        assert process.terminate() == 0
+
+def _port(log: str) -> str:
+    found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", log)
+    assert found, log
+    return found[1]
+
+
+def test_a_server_that_cannot_start_is_said(tmp_path: Path) -> None:
+    process, port = launch_server_cmd(f"SIGHTLINE_LOG_LEVEL=error python3 -m sightline.launch_server {tmp_path}")
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        wait_for_server(f"http://localhost:{port}", timeout=60, process=process)
+    terminate_process(process)
+    with pytest.raises(TimeoutError):
+        wait_for_server(f"http://localhost:{port}", timeout=0.3)

@@ -1,0 +1,1 @@
+"""`sightline.test.test_utils`: where SGLang's pages look for it."""

@@ -73,6 +73,9 @@ class EngineConfig(BaseModel):
     disable_overlap_schedule: bool = setting(
         False, "On a GPU, wait for the tokens of each step before the next one is prepared."
     )
+    attention_backend: Literal["auto", "triton", "torch"] = setting(
+        "auto", "Kernels of attention; auto is triton on a GPU and torch on a CPU."
+    )
     sampling_backend: Literal["auto", "pytorch"] = setting("auto", "Sampling has one implementation, in PyTorch.")
     disable_cuda_graph: bool = setting(False, "On a GPU, launch the kernels of a decode step one by one.")
     cuda_graph_max_bs: int | None = setting(

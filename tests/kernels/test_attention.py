@@ -17,7 +17,6 @@ from sightline.kernels.decode_attention import (
     decode_workspace,
 )
 from sightline.kernels.prefill_attention import (
-    packed_attention,
     prefill_attention,
     prefill_attention_reference,
     prefill_tile,
@@ -143,7 +142,7 @@ def test_prefill(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.
     paged = Paged(kv_lens, num_kv_heads, head_dim, dtype, device)
     q = queries(sum(q_lens), num_heads, head_dim, dtype, device)
     cu_seqlens = torch.tensor([0, *torch.tensor(q_lens).cumsum(0)], dtype=torch.int32, device=device)
-    tile = prefill_tile(dtype)
+    tile = prefill_tile(dtype, 0)
     tiles = torch.from_numpy(prefill_tiles(q_lens, kv_lens, group=num_heads // num_kv_heads, tile=tile)).to(device)
     out = prefill_attention(q, paged.k, paged.v, cu_seqlens, paged.kv_lens, paged.table, tiles, tile=tile)
     check(out, prefill_attention_reference(q, paged.k, paged.v, cu_seqlens, paged.kv_lens, paged.table))
@@ -151,7 +150,7 @@ def test_prefill(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.
 
 def test_tiles_cover_every_row_once_the_longest_walk_first() -> None:
     q_lens, kv_lens = [0, 5, 40, 1, 100], [9, 5, 400, 77, 100]
-    tile = prefill_tile(torch.bfloat16)
+    tile = prefill_tile(torch.bfloat16, 0)
     tiles = prefill_tiles(q_lens, kv_lens, group=7, tile=tile).tolist()
     step = tile.block_m // 7
     rows = [(i, r) for i, first in tiles for r in range(first, min(first + step, q_lens[i]))]
@@ -159,17 +158,3 @@ def test_tiles_cover_every_row_once_the_longest_walk_first() -> None:
     walks = [kv_lens[i] - q_lens[i] + first for i, first in tiles]
     assert walks == sorted(walks, reverse=True)
     assert prefill_tiles([], [], group=7, tile=tile).shape == (0, 2)
-
-
-def test_packed_attention_is_prefill_without_history(device: torch.device) -> None:
-    if device.type != "cuda":
-        pytest.skip("torch's FlashAttention needs a GPU")
-    lengths = [1, 17, 300, 64]
-    cu_seqlens = torch.tensor([0, 1, 18, 318, 382], dtype=torch.int32, device=device)
-    paged = Paged(lengths, 4, 128, torch.bfloat16, device)
-    rows = [(i, position) for i, n in enumerate(lengths) for position in range(n)]
-    slots = torch.tensor([int(paged.table[i, p // PAGE]) * PAGE + p % PAGE for i, p in rows], device=device)
-    k, v = (cache.flatten(0, 1)[slots] for cache in (paged.k, paged.v))
-    q = queries(382, 28, 128, torch.bfloat16, device)
-    out = packed_attention(q, k, v, cu_seqlens, 300)
-    check(out, prefill_attention_reference(q, paged.k, paged.v, cu_seqlens, paged.kv_lens, paged.table))

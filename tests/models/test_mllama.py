@@ -377,8 +377,9 @@ def _mlp_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     original = mllama.CrossAttentionLayer.forward
 
     def forward(self: Any, hidden: Tensor, rotary: Any, ctx: ForwardContext, rows: Any = None) -> Tensor:
-        zero = torch.zeros_like(hidden)
-        blind = hidden + self.cross_attn_mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(hidden), zero)
+        blind = hidden + self.cross_attn_mlp_gate.tanh() * (
+            self.mlp(hidden.clone(), self.post_attention_layernorm) - hidden
+        )
         assert ctx.cross is not None
         return ctx.cross.scatter(blind, ctx.cross.gather(original(self, hidden, rotary, ctx)))
 
@@ -390,7 +391,7 @@ def _gates_without_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ctx.cross is not None
         x = ctx.cross.gather(hidden)
         x = x + self.cross_attn(self.input_layernorm(x), ctx) * self.cross_attn_attn_gate
-        mlp = self.mlp(self.post_attention_layernorm(x), torch.zeros_like(x))
+        mlp = self.mlp(x.clone(), self.post_attention_layernorm) - x
         x = x + mlp * self.cross_attn_mlp_gate
         return ctx.cross.scatter(hidden, x)
 

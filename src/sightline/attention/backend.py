@@ -76,10 +76,12 @@ class AttentionBatch:
 class AttentionBackend(abc.ABC):
     """Causal self-attention over the paged cache. One instance serves all layers and steps.
 
-    capturable: decode batches can be part of a CUDA graph, because launches depend on the tensors' shapes alone.
+    capturable: decode batches can be part of a CUDA graph, because launches depend on the tensors' shapes alone; then
+    kv_len 0 and slot -1 are padding. rotates: `rotate_and_forward` is there.
     """
 
     capturable = False
+    rotates = False
 
     @abc.abstractmethod
     def prepare(self, batch: AttentionBatch) -> None:
@@ -91,6 +93,13 @@ class AttentionBackend(abc.ABC):
 
         Scale is head_dim ** -0.5; row r of a sequence sees keys 0 .. kv_len - q_len + r. Returns [T, num_heads, head_dim].
         """
+
+    def rotate_and_forward(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache, batch: AttentionBatch
+    ) -> Tensor:
+        """`forward` of the merged projection, with the rotation. qkv [T, (num_heads + 2 num_kv_heads) * head_dim] is
+        overwritten; cos, sin: as in `layers.rotary.Rotary`. Returns [T, num_heads, head_dim]."""
+        raise NotImplementedError
 
     def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch) -> Tensor:
         """Attend q [R, num_heads, head_dim] to pictures; shapes as in `cross_attention`, which this is unless overridden."""

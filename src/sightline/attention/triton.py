@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sightline.attention.backend import AttentionBackend, AttentionBatch, KVCache
 from sightline.kernels.decode_attention import decode_attention
-from sightline.kernels.prefill_attention import packed_attention, prefill_attention, prefill_tile, prefill_tiles
+from sightline.kernels.prefill_attention import Tile, prefill_attention, prefill_tile, prefill_tiles
 from sightline.kernels.rope import rotate_and_write, write_kv
 
 
@@ -16,24 +16,22 @@ class TritonBackend(AttentionBackend):
 
     A step of decode rows alone can be captured in a CUDA graph: nothing there depends on lengths, and `prepare` is a no-op. A
     padding row has kv_len 0 and slot -1; it gives zeros and writes nowhere. Steps with chunks are planned on the host.
-
-    packed_prefill: chunks without history, when the step has no others, go to torch's FlashAttention (16 bit only).
     """
 
-    def __init__(self, packed_prefill: bool = False) -> None:
-        self.packed_prefill = packed_prefill
-        self._tiles: Tensor | None = None
-        self._packed: tuple[Tensor, int] | None = None
+    capturable = True
+    rotates = True
+
+    def __init__(self) -> None:
+        self._tiles: tuple[Tensor, Tile] | None = None
 
     def prepare(self, batch: AttentionBatch) -> None:
         """The tiles of the step's chunks need head counts: the first layer makes them."""
         self._tiles = None
-        self._packed = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, cache: KVCache, batch: AttentionBatch) -> Tensor:
         """See `AttentionBackend.forward`."""
         write_kv(k, v, cache.k[layer], cache.v[layer], batch.slot_mapping)
-        return self._attend(q, k, v, layer, cache, batch)
+        return self._attend(q, layer, cache, batch)
 
     def rotate_and_forward(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache, batch: AttentionBatch
@@ -46,44 +44,25 @@ class TritonBackend(AttentionBackend):
         """
         rotate_and_write(qkv, cos, sin, cache.k[layer], cache.v[layer], batch.slot_mapping)
         kv_heads, dim = cache.k[layer].shape[2:]
-        heads = qkv.view(qkv.shape[0], -1, dim)
-        q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
-        return self._attend(q, k, v, layer, cache, batch)
+        q = qkv.view(qkv.shape[0], -1, dim)[:, : -2 * kv_heads]
+        return self._attend(q, layer, cache, batch)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, cache: KVCache, batch: AttentionBatch) -> Tensor:
+    def _attend(self, q: Tensor, layer: int, cache: KVCache, batch: AttentionBatch) -> Tensor:
         """k and v are in the cache already."""
         keys, values, decode = cache.k[layer], cache.v[layer], batch.num_decode
         if decode == q.shape[0]:
             return decode_attention(q, keys, values, batch.page_table, batch.kv_lens)
-        if self._tiles is None:
-            self._plan(q, keys.shape[2], batch)
-        assert self._tiles is not None
+        tiles, tile = self._tiles = self._tiles or self._plan(q, keys.shape[2], batch)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if decode:
             decode_attention(q[:decode], keys, values, batch.page_table, batch.kv_lens, out=out[:decode])
-        if self._packed is not None:
-            offsets, longest = self._packed
-            out[decode:] = packed_attention(q[decode:], k[decode:], v[decode:], offsets, longest)
-            return out
-        return prefill_attention(
-            q,
-            keys,
-            values,
-            batch.cu_seqlens_q,
-            batch.kv_lens,
-            batch.page_table,
-            self._tiles,
-            tile=prefill_tile(q.dtype),
-            out=out,
-        )
+        cu_seqlens_q, kv_lens, page_table = batch.cu_seqlens_q, batch.kv_lens, batch.page_table
+        return prefill_attention(q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out)
 
-    def _plan(self, q: Tensor, num_kv_heads: int, batch: AttentionBatch) -> None:
+    def _plan(self, q: Tensor, num_kv_heads: int, batch: AttentionBatch) -> tuple[Tensor, Tile]:
         """Decode rows get no tiles."""
-        first = batch.num_decode
-        chunks = batch.q_lens_cpu[first:]
-        if self.packed_prefill and q.is_cuda and q.dtype.itemsize == 2 and chunks == batch.kv_lens_cpu[first:]:
-            self._packed = (batch.cu_seqlens_q[first:] - first, max(chunks))
-        group = q.shape[1] // num_kv_heads
-        q_lens = [0] * first + chunks
-        tiles = torch.from_numpy(prefill_tiles(q_lens, batch.kv_lens_cpu, group=group, tile=prefill_tile(q.dtype)))
-        self._tiles = tiles.pin_memory().to(q.device, non_blocking=True) if q.is_cuda else tiles
+        num_heads = q.shape[1]
+        q_lens = [0] * batch.num_decode + batch.q_lens_cpu[batch.num_decode :]
+        tile = prefill_tile(q.dtype, sum(q_lens) * num_heads)
+        tiles = torch.from_numpy(prefill_tiles(q_lens, batch.kv_lens_cpu, group=num_heads // num_kv_heads, tile=tile))
+        return (tiles.pin_memory().to(q.device, non_blocking=True) if q.is_cuda else tiles), tile

@@ -19,7 +19,7 @@ from sightline.bench.report import environment, table
 from sightline.kernels import norm, rope
 from sightline.kernels.activation import silu_and_mul, silu_and_mul_reference
 from sightline.kernels.decode_attention import Split, decode_attention
-from sightline.kernels.prefill_attention import Tile, packed_attention, prefill_attention, prefill_tile, prefill_tiles
+from sightline.kernels.prefill_attention import Tile, prefill_attention, prefill_tile, prefill_tiles
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, DIM, PAGE = 3584, 18944, 28, 4, 128, 16
 VISION_WIDTH, VISION_HEADS = 1280, 16
@@ -115,7 +115,7 @@ def prefill_rows(clock: Clock, tile: Tile | None) -> list[Row]:
     for work in PREFILL:
         q_lens, kv_lens = ([pair[i] for pair in work] for i in range(2))
         k, v, page_table, lens = paged(kv_lens)
-        chosen = tile or prefill_tile(DTYPE)
+        chosen = tile or prefill_tile(DTYPE, sum(q_lens) * HEADS)
         plan = torch.from_numpy(prefill_tiles(q_lens, kv_lens, group=HEADS // KV_HEADS, tile=chosen)).cuda()
         offsets = torch.tensor([0, *q_lens]).cumsum(0).to("cuda", torch.int32)
         q = random(sum(q_lens), HEADS, DIM)
@@ -131,6 +131,13 @@ def prefill_rows(clock: Clock, tile: Tile | None) -> list[Row]:
     return rows
 
 
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    """torch's FlashAttention over packed sequences without history."""
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True, False, scale=q.shape[-1] ** -0.5
+    )[0]
+
+
 def elementwise_rows(clock: Clock) -> list[Row]:
     """Bytes are those that must be read and written once."""
     rows = []
@@ -139,12 +146,7 @@ def elementwise_rows(clock: Clock) -> list[Row]:
     inv_freq = torch.rand(DIM // 2, device="cuda")
     axis = torch.arange(DIM // 2, device="cuda") // 22
     for count in (1, 64, 256, 8192):
-        x, y, gate_up, qkv = (
-            random(count, HIDDEN),
-            random(count, HIDDEN),
-            random(count, 2 * INTERMEDIATE),
-            random(count, width),
-        )
+        x, gate_up, qkv = random(count, HIDDEN), random(count, 2 * INTERMEDIATE), random(count, width)
         positions = torch.randint(0, 8000, (3, count), device="cuda")
         cos, sin = rope.rotary_tables(positions, inv_freq, axis)
         k, v = (random(count // PAGE + 2, PAGE, KV_HEADS, DIM) for _ in range(2))
@@ -153,7 +155,6 @@ def elementwise_rows(clock: Clock) -> list[Row]:
         size = count * DTYPE.itemsize
         cases: list[tuple[str, Callable[..., object], Callable[..., object], tuple[Any, ...], int]] = [
             ("rms norm", norm.rms_norm, norm.rms_norm_reference, (x, weight, 1e-6), 2 * HIDDEN * size),
-            ("add + norm", norm.add_rms_norm, norm.add_rms_norm_reference, (x, y, weight, 1e-6), 4 * HIDDEN * size),
             ("silu x up", silu_and_mul, silu_and_mul_reference, (gate_up,), 3 * INTERMEDIATE * size),
             ("tables", rope.rotary_tables, rope.rotary_tables_reference, (positions, inv_freq, axis), 8 * DIM * count),
             ("rotate + write", rope.rotate_and_write, rotate_in_torch, (qkv, cos, sin, k, v, slots), 2 * width * size),

@@ -44,6 +44,9 @@ class Runner(Protocol):
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> Any:
         """Sampling state of one choice."""
 
+    def new_pixels(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Host memory from which `encode` copies fast."""
+
     def encode(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> list[Any]:
         """Features of each picture, to be kept in the vision cache."""
 

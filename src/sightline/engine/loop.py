@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -37,6 +36,8 @@ logger = logging.getLogger("sightline.engine")
 
 STATS_INTERVAL = 0.25
 
+NewPixels = Callable[[tuple[int, ...], Any], np.ndarray]
+
 
 class Connection(Protocol):
     """The engine's end of the wire. `receive` returns at once with timeout 0, and waits with None."""
@@ -51,24 +52,28 @@ def write_pixels(run_dir: Path, digest: bytes, pixels: np.ndarray, serial: int) 
     name = f"pixels-{os.getpid()}-{serial}"
     fd = os.open(run_dir / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.ftruncate(fd, pixels.nbytes)
-        with mmap.mmap(fd, pixels.nbytes) as memory:
-            memory[:] = np.ascontiguousarray(pixels).data.cast("B")
+        # one copy by the kernel: a mapping would fault on every page
+        data = np.ascontiguousarray(pixels).data.cast("B")
+        while data:
+            data = data[os.write(fd, data) :]
     finally:
         os.close(fd)
     return PixelBuffer(digest=digest, shape=pixels.shape, name=name)
 
 
-def read_pixels(run_dir: Path, buffer: PixelBuffer) -> np.ndarray:
-    """Map the pixels (uint8, copy-on-write) and unlink the file: the memory lives as long as the array."""
+def read_pixels(run_dir: Path, buffer: PixelBuffer, new: NewPixels = np.zeros) -> np.ndarray:
+    """Read the pixels (uint8) into new memory and unlink the file. EOFError when the file is too short."""
     path = run_dir / buffer.name
-    fd = os.open(path, os.O_RDWR)
-    try:
-        memory = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
-    finally:
-        os.close(fd)
+    pixels = new(buffer.shape, np.uint8)
+    data = pixels.data.cast("B")
+    with path.open("rb", buffering=0) as file:
         path.unlink()
-    return np.frombuffer(memory, dtype=np.uint8).reshape(buffer.shape)
+        while data:
+            count = file.readinto(data)
+            if not count:
+                raise EOFError(f"{buffer.name} ends {len(data)} bytes early")
+            data = data[count:]
+    return pixels
 
 
 def limit_spinning() -> None:
@@ -155,7 +160,7 @@ class _Loop:
 
     def _put(self, buffers: tuple[PixelBuffer, ...]) -> None:
         for buffer in buffers:
-            self._core.put_pixels(buffer.digest, read_pixels(self._run_dir, buffer))
+            self._core.put_pixels(buffer.digest, read_pixels(self._run_dir, buffer, self._core.runner.new_pixels))
 
     def _send(self, events: Sequence[FromEngine]) -> None:
         """Events, preceded by a snapshot when something ended, so that who sees an answer's end sees its counts."""

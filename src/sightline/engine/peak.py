@@ -32,7 +32,7 @@ def largest_picture(processor_path: str | None, model_dir: Path) -> tuple[ImageR
     plans = [processor.plan(_SIDE // w, _SIDE // h) for w, h in _SHAPES]
     plan = max(plans, key=lambda p: (p.num_tokens, p.width * p.height))
     pixels = processor.resize(Image.new("RGB", (plan.width, plan.height)), plan)
-    return ImageRef(b"largest", 0, plan.num_tokens, plan.grid), pixels
+    return ImageRef(b"largest", 0, plan.num_tokens, plan.grid), np.array(pixels)
 
 
 def step_cache(spec: KVSpec, max_step: int, dtype: torch.dtype, device: torch.device) -> KVCache:

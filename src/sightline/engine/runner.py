@@ -76,6 +76,10 @@ class ModelRunner:
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> SamplingState:
         return self.sampler.new_state(sampling, prompt_ids, self.eos_token_ids, index)
 
+    def new_pixels(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """See `Encoder.new_pixels`."""
+        return self.encoder.new_pixels(shape, dtype)
+
     def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
         """See `Encoder.encode`."""
         return self.encoder.encode(images, pixels)

@@ -1,4 +1,4 @@
-"""SwiGLU over the merged projection in one pass. As in `layers.activation`, silu(gate) is rounded before the product."""
+"""Activations in one pass. As in `layers.activation`, SwiGLU's silu(gate) is rounded before the product."""
 
 from __future__ import annotations
 
@@ -31,6 +31,28 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         grid = (rows, triton.cdiv(width, _BLOCK))
         _silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4)
     return out
+
+
+@triton.jit
+def _quick_gelu_kernel(x, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, (values / (1.0 + tl.exp(-1.702 * values))).to(out.dtype.element_ty), mask=mask)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), contiguous, rounded once."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        _quick_gelu_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
+    return out
+
+
+def quick_gelu_reference(x: Tensor) -> Tensor:
+    """`quick_gelu` in torch."""
+    return (x.float() * (1.702 * x.float()).sigmoid()).to(x.dtype)
 
 
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ from torch.nn import functional as F
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x): the sigmoid form of gelu (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
+    if x.is_cuda:
+        from sightline.kernels.activation import quick_gelu as fused
+
+        return fused(x)
     return (x * 1.702).sigmoid_().mul_(x)
 
 
@@ -28,5 +32,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """SwiGLU (Shazeer 2020, arXiv:2002.05202): [..., 2 I], gate beside up -> silu(gate) * up, [..., I]."""
+    if gate_up.is_cuda:
+        from sightline.kernels.activation import silu_and_mul as fused
+
+        return fused(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

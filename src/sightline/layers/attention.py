@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from sightline.attention.backend import ForwardContext
 from sightline.layers.linear import Linear, MergedLinear
+from sightline.layers.norm import RMSNorm
+from sightline.layers.normed import normed_linear
 from sightline.layers.rotary import Rotary, apply_rotary
 
 
@@ -36,18 +38,23 @@ class DecoderAttention(nn.Module):
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias)
 
     def forward(
-        self, x: Tensor, residual: Tensor, rotary: Rotary, ctx: ForwardContext, rows: Tensor | None = None
+        self, hidden: Tensor, norm: RMSNorm, rotary: Rotary, ctx: ForwardContext, rows: Tensor | None = None
     ) -> Tensor:
-        """x [T, hidden] (normalised), residual [T, hidden] -> residual + attention(x), [T, hidden].
+        """hidden [T, hidden], overwritten -> hidden + attention(norm(hidden)), [T, hidden].
 
         rows: int64 [S]; only these come back, [S, hidden], though every row's keys and values enter the cache.
         """
-        qkv = self.qkv_proj(x)
+        out = self._attend(normed_linear(norm, self.qkv_proj, hidden), rotary, ctx).flatten(1)
+        if rows is not None:
+            out, hidden = out.index_select(0, rows), hidden.index_select(0, rows)
+        return self.o_proj.add_to(hidden, out)
+
+    def _attend(self, qkv: Tensor, rotary: Rotary, ctx: ForwardContext) -> Tensor:
+        """qkv [T, heads * head_dim], overwritten -> [T, num_heads, head_dim]."""
+        if ctx.backend.rotates:
+            return ctx.backend.rotate_and_forward(qkv, *rotary, self.layer, ctx.cache, ctx.batch)
         num_rows = qkv.shape[0]
         # queries and keys lie side by side, so one rotation turns both
         qk = apply_rotary(qkv[:, : self.v_start].view(num_rows, self.num_qk_heads, self.head_dim), rotary)
         v = qkv[:, self.v_start :].view(num_rows, self.num_kv_heads, self.head_dim)
-        out = ctx.attend(qk[:, : self.num_heads], qk[:, self.num_heads :], v, self.layer).reshape(num_rows, -1)
-        if rows is not None:
-            out, residual = out.index_select(0, rows), residual.index_select(0, rows)
-        return self.o_proj.add_to(residual, out)
+        return ctx.attend(qk[:, : self.num_heads], qk[:, self.num_heads :], v, self.layer)

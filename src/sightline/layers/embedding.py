@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.layers.linear import new_weight
+from sightline.layers.linear import linear, new_weight
 
 
 class Embedding(nn.Module):
@@ -21,7 +21,7 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, width] -> [S, vocab_size]."""
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
 
 def place_features(hidden: Tensor, image_rows: Tensor | None, features: Tensor | None) -> Tensor:

@@ -22,6 +22,15 @@ def new_weight(out_features: int, in_features: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] weight [out, in]^T (+ bias [out])."""
+    if x.is_cuda and x.ndim == 2 and x.shape[0] == 1:
+        from sightline.kernels.row_linear import row_linear
+
+        return row_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Module):
     """y = x W^T + b. weight: [out_features, in_features], uninitialised; bias zero until loaded."""
 
@@ -36,11 +45,16 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [T, out] + x [T, in] W^T (+ b), the sum done inside the matrix product."""
-        out = torch.addmm(residual, x, self.weight.t())
+        """residual [T, out] + x [T, in] W^T (+ b), the sum done inside the matrix product. The residual is overwritten."""
+        if x.is_cuda and x.shape[0] == 1:
+            # Imported here, and wherever a layer has a kernel: a machine without a GPU need not have triton.
+            from sightline.kernels.row_linear import row_linear
+
+            return row_linear(x, self.weight, self.bias, residual=residual)
+        out = residual.addmm_(x, self.weight.t())
         return out if self.bias is None else out.add_(self.bias)
 
 

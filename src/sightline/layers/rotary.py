@@ -37,17 +37,38 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     return x.roll(x.shape[-1] // 2, -1).mul_(rotary.sin).addcmul_(x, rotary.cos)
 
 
+def rotate_heads(qkv: Tensor, rotary: Rotary, num_heads: int) -> Tensor:
+    """Turn the first heads of qkv [T, W], on a GPU in place -> [T, num_heads, head_dim]."""
+    heads = qkv[:, : num_heads * rotary.cos.shape[-1]].unflatten(1, (num_heads, -1))
+    if not qkv.is_cuda:
+        return apply_rotary(heads, rotary)
+    from sightline.kernels import rope
+
+    rope.rotate_heads(qkv, rotary.cos, rotary.sin, num_heads)
+    return heads
+
+
+def _fused_tables(positions: Tensor, inv_freq: Tensor, axis: Tensor) -> Rotary:
+    from sightline.kernels.rope import rotary_tables
+
+    return Rotary(*rotary_tables(positions.contiguous(), inv_freq, axis))
+
+
 class RotaryEmbedding(nn.Module):
     """Ordinary rotary embedding of positions [T]."""
 
     inv_freq: Tensor
+    axis: Tensor
 
     def __init__(self, head_dim: int, theta: float) -> None:
         super().__init__()
         self.register_buffer("inv_freq", inverse_frequencies(theta, head_dim), persistent=False)
+        self.register_buffer("axis", torch.zeros(head_dim // 2, dtype=torch.int64), persistent=False)
 
     def forward(self, positions: Tensor) -> Rotary:
         """positions int64 [T]."""
+        if positions.is_cuda:
+            return _fused_tables(positions[None], self.inv_freq, self.axis)
         return tables(positions.unsqueeze(1) * self.inv_freq)
 
 
@@ -70,4 +91,6 @@ class MultimodalRotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> Rotary:
         """positions int64 [3, T]."""
+        if positions.is_cuda:
+            return _fused_tables(positions, self.inv_freq, self.axis)
         return tables((positions.index_select(0, self.axis) * self.inv_freq).t())

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sightline.attention.backend import ForwardContext
-from sightline.layers.activation import silu_and_mul
 from sightline.layers.attention import DecoderAttention
 from sightline.layers.embedding import Embedding
 from sightline.layers.linear import Linear, MergedLinear
 from sightline.layers.norm import RMSNorm
+from sightline.layers.normed import normed_swiglu
 from sightline.layers.rotary import MultimodalRotaryEmbedding, Rotary, RotaryEmbedding
 from sightline.models import KVSpec
 from sightline.models.config import Fields
@@ -238,9 +238,9 @@ class DecoderMLP(nn.Module):
         self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": width, "up_proj": width})
         self.down_proj = Linear(width, config.hidden_size)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x [T, hidden] (normalised), residual [T, hidden] -> residual + mlp(x)."""
-        return self.down_proj.add_to(residual, silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        """hidden [T, hidden], overwritten -> hidden + mlp(norm(hidden))."""
+        return self.down_proj.add_to(hidden, normed_swiglu(norm, self.gate_up_proj, hidden))
 
 
 class DecoderLayer(nn.Module):
@@ -262,9 +262,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, rotary: Rotary, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
-        """hidden [T, hidden] -> [T, hidden], or [S, hidden] of `rows` alone."""
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, rotary, ctx, rows)
-        return self.mlp(self.post_attention_layernorm(hidden), hidden)
+        """hidden [T, hidden], overwritten -> [T, hidden], or [S, hidden] of `rows` alone."""
+        hidden = self.self_attn(hidden, self.input_layernorm, rotary, ctx, rows)
+        return self.mlp(hidden, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

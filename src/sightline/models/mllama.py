@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention.backend import ForwardContext
-from sightline.layers.activation import silu_and_mul
 from sightline.layers.linear import Linear, MergedLinear
 from sightline.layers.norm import RMSNorm
+from sightline.layers.normed import normed_swiglu
 from sightline.layers.rotary import Rotary
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
@@ -128,7 +128,7 @@ class CrossAttentionLayer(nn.Module):
             x = ctx.cross.gather(hidden)
             attention = self.cross_attn(self.input_layernorm(x), ctx)
             x = torch.addcmul(x, attention, self.cross_attn_attn_gate.tanh())
-            inner = silu_and_mul(self.mlp.gate_up_proj(self.post_attention_layernorm(x)))
+            inner = normed_swiglu(self.post_attention_layernorm, self.mlp.gate_up_proj, x)
             x = self.mlp.down_proj.add_to(x, inner.mul_(self.cross_attn_mlp_gate.tanh()))
             hidden = ctx.cross.scatter(hidden, x)
         return hidden if rows is None else hidden.index_select(0, rows)

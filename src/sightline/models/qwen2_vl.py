@@ -16,7 +16,7 @@ from sightline.layers.embedding import place_features
 from sightline.layers.linear import Linear
 from sightline.layers.norm import LayerNorm
 from sightline.layers.parameter import Slot
-from sightline.layers.rotary import Rotary, apply_rotary, inverse_frequencies, tables
+from sightline.layers.rotary import Rotary, inverse_frequencies, rotate_heads, tables
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
 from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig
@@ -207,7 +207,7 @@ class VisionAttention(nn.Module):
         """x, residual [N, E]; groups: (count, patches) of consecutive pictures with equally many patches."""
         num_rows, width = x.shape
         qkv = self.qkv(x)
-        qk = apply_rotary(qkv[:, : 2 * width].view(num_rows, 2 * self.num_heads, -1), rotary)
+        qk = rotate_heads(qkv, rotary, 2 * self.num_heads)
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         v = qkv[:, 2 * width :].view(num_rows, self.num_heads, -1)
         outputs = []

@@ -1,0 +1,27 @@
+"""Products of a normalised input, as every decoder layer begins both its halves; for one row on a GPU a single kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sightline.layers.activation import silu_and_mul
+from sightline.layers.linear import Linear
+from sightline.layers.norm import RMSNorm
+
+
+def normed_linear(norm: RMSNorm, linear: Linear, x: Tensor) -> Tensor:
+    """linear(norm(x)) of x [T, in]."""
+    if x.is_cuda and x.shape[0] == 1:
+        from sightline.kernels.row_linear import row_linear
+
+        return row_linear(x, linear.weight, linear.bias, gain=norm.weight, eps=norm.eps)
+    return linear(norm(x))
+
+
+def normed_swiglu(norm: RMSNorm, gate_up: Linear, x: Tensor) -> Tensor:
+    """silu(gate) * up of norm(x), x [T, in]; gate_up has no bias and holds gate above up -> [T, out / 2]."""
+    if x.is_cuda and x.shape[0] == 1:
+        from sightline.kernels.row_linear import row_linear
+
+        return row_linear(x, gate_up.weight, gain=norm.weight, eps=norm.eps, swiglu=True)
+    return silu_and_mul(gate_up(norm(x)))

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sightline import Engine, SamplingParams
 from sightline.errors import CheckpointError
-from sightline.layers.parameter import collect_slots
 from sightline.models import llava
 from sightline.prompt.llava import LlavaProcessor
 from sightline.prompt.pipeline import PromptPipeline
@@ -286,52 +285,3 @@ def test_what_is_not_supported_is_named(tmp_path: Path, kind: str, changes: dict
 def test_what_is_not_supported_of_the_authors_is_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         load(change(tmp_path, tiny_llava.llava("next", layout="original"), **changes))
-
-
-# ---- the releases' sizes: every tensor has its slot, without a byte of weights ----
-
-CLIP_L = {
-    "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
-    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
-}  # fmt: skip
-SIGLIP = {
-    "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model",
-    "num_attention_heads": 16, "num_hidden_layers": 26, "patch_size": 14, "vision_use_head": False,
-}  # fmt: skip
-MISTRAL = {
-    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32064,
-}  # fmt: skip
-QWEN2 = {
-    "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 32768, "model_type": "qwen2",
-    "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
-    "vocab_size": 152128, "tie_word_embeddings": False,
-}  # fmt: skip
-RELEASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "llava-1.5-7b-hf": (
-        "Llava",
-        {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
-        CLIP_L,
-    ),
-    "llava-v1.6-mistral-7b-hf": ("LlavaNext", MISTRAL, CLIP_L),
-    "llava-onevision-qwen2-7b-ov-hf": ("LlavaOnevision", QWEN2, SIGLIP),
-}
-
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_released_shapes(release: str) -> None:
-    """Configs as published: short text configs mean transformers' defaults."""
-    import transformers
-
-    family, text, vision = RELEASES[release]
-    config = {"architectures": [f"{family}ForConditionalGeneration"], "text_config": text, "vision_config": vision}
-    with torch.device("meta"):
-        model = llava.LlavaForConditionalGeneration(llava.LlavaConfig.from_hf(config, {}))
-        theirs = getattr(transformers, f"{family}ForConditionalGeneration")(
-            getattr(transformers, f"{family}Config")(text_config=dict(text), vision_config=dict(vision))
-        )
-    slots = {name: slot.shape for name, slot in collect_slots(model).items()}
-    found = {model.map_name(name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    found.pop(None, None)
-    assert found == slots
-    assert model.config.vision.num_layers == (26 if family == "LlavaOnevision" else 23)

@@ -1,0 +1,74 @@
+"""The releases' own sizes: every tensor has its slot and every picture its place, without a byte of weights."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sightline.layers.parameter import collect_slots
+from sightline.models.loader import architecture, read_config
+from sightline.prompt.pipeline import PromptPipeline
+from sightline.registry import FAMILIES
+from tests import oracle, released
+
+TRANSFORMERS_LAYOUT = [kind for kind in released.RELEASES if "authors" not in kind]
+# Parameters in millions, as the model cards have them, and tokens of a picture of 1024 x 1024.
+SIZES = {
+    "qwen2-vl-2b": (2209, 1369),
+    "qwen2-vl-7b": (8291, 1369),
+    "qwen2.5-vl-7b": (8292, 1369),
+    "llama-3.2-11b-vision": (10670, 1),
+    "llava-1.5-7b": (7063, 576),
+    "llava-next-vicuna-7b": (7063, 2928),
+    "llava-next-mistral-7b": (7567, 2928),
+    "llava-next-llama3-8b": (8355, 2928),
+    "llava-onevision-7b": (8030, 7371),
+    "llava-1.5-7b, authors'": (7063, 576),
+    "llava-onevision-7b, authors'": (8030, 7371),
+}
+
+
+def meta_model(folder: Path) -> Any:
+    config = read_config(folder)
+    module, _, name = FAMILIES[architecture(config)].model.partition(":")
+    model_class = getattr(importlib.import_module(module), name)
+    with torch.device("meta"):
+        return model_class(model_class.config_class.from_hf(config, {}))
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS_LAYOUT)
+def test_every_tensor_has_its_slot(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    (tmp_path / "config.json").write_text(json.dumps(released.RELEASES[kind].config))
+    model = meta_model(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        theirs = getattr(transformers, config.architectures[0])(config)
+    slots = {name: slot.shape for name, slot in collect_slots(model).items()}
+    found = {model.map_name(name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    found.pop(None, None)
+    assert found == slots
+    if "llava" in kind:
+        # the last layer of CLIP is not used
+        assert model.config.vision.num_layers == (26 if "onevision" in kind else 23)
+
+
+@pytest.mark.parametrize("kind", released.RELEASES)
+def test_size_and_prompt(kind: str, tmp_path: Path) -> None:
+    released.write(kind, tmp_path)
+    millions, tokens = SIZES[kind]
+    assert sum(p.numel() for p in meta_model(tmp_path).parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    mine = PromptPipeline(tmp_path, allow_local=True)
+    content = [{"type": "image", "image": oracle.picture(1024, 1024)}, {"type": "text", "text": "What?"}]
+    prompt = asyncio.run(mine.chat([{"role": "user", "content": content}]))
+    assert prompt.num_image_tokens == tokens
+    bos = released.RELEASES[kind].bos
+    if bos is not None:
+        assert prompt.input_ids[0] == mine.tokenizer.token_to_id(bos) not in prompt.input_ids[1:]

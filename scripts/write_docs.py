@@ -8,7 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.write_cli import CLI, cli_page
 from scripts.write_compatibility import COMPATIBILITY, compatibility_page, conformance_passes
+from scripts.write_migrating import MIGRATING, migrating_page
 from sightline.config import ENV_PREFIX, EngineConfig, ServerConfig, declared
 
 CONFIGURATION = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -54,6 +56,8 @@ def _table(rows: list[tuple[str, tuple[str, ...], str, str, object]]) -> str:
 
 PAGES: dict[Path, Callable[[], str]] = {
     CONFIGURATION: configuration_page,
+    CLI: cli_page,
+    MIGRATING: migrating_page,
     COMPATIBILITY: compatibility_page,
 }
 

@@ -17,7 +17,10 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Self, Union, g
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sightline.foreign_flags import FOREIGN_FLAGS, ForeignFlag
+
 ENV_PREFIX = "SIGHTLINE_"
+_FOREIGN = "foreign:"
 
 
 class Flag(NamedTuple):
@@ -77,7 +80,9 @@ class EngineConfig(BaseModel):
         "auto", "Kernels of attention; auto is triton on a GPU and torch on a CPU."
     )
     sampling_backend: Literal["auto", "pytorch"] = setting("auto", "Sampling has one implementation, in PyTorch.")
-    disable_cuda_graph: bool = setting(False, "On a GPU, launch the kernels of a decode step one by one.")
+    disable_cuda_graph: bool = setting(
+        False, "On a GPU, launch the kernels of a decode step one by one.", "enforce-eager"
+    )
     cuda_graph_max_bs: int | None = setting(
         None, "Largest batch that has a CUDA graph; all that can occur by default.", ge=1
     )
@@ -131,7 +136,11 @@ class ServerConfig(EngineConfig):
         model = given.pop("positional", None)
         if model is not None:
             given["model"] = model
-        values = {**(_read_file(cls, Path(path), parser) if path else {}), **_read_env(cls, env), **given}
+        values = {**(_read_file(cls, Path(path), parser) if path else {}), **_read_env(cls, env, parser), **given}
+        for foreign in foreign_flags(cls):
+            name = _FOREIGN + foreign.names[0]
+            if name in values and (why := foreign.refusal(values.pop(name), values.get("model"))):
+                parser.error(f"{foreign.options[0]}: {why}")
         try:
             return cls(**values)
         except ValidationError as error:
@@ -152,7 +161,7 @@ def declared(cls: type[BaseModel]) -> list[tuple[str, tuple[str, ...], str, str,
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
-            known = [o for action in self._actions for o in action.option_strings]
+            known = [o for a in self._actions if a.help != argparse.SUPPRESS for o in a.option_strings]
             flag = message.split()[2].split("=")[0]
             near = difflib.get_close_matches(flag, known, n=1)
             message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
@@ -160,7 +169,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(cls: type[BaseModel], prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    usage = f"{prog} [MODEL] [flags]"
+    parser = _Parser(
+        prog=prog, usage=usage, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; keys are the long flags.")
     for name, field in cls.model_fields.items():
         options = _spellings(name, field)
@@ -174,8 +186,19 @@ def _parser(cls: type[BaseModel], prog: str) -> argparse.ArgumentParser:
             parser.add_argument(*options, dest=name, choices=get_args(kind), help=help)
         else:
             parser.add_argument(*options, dest=name, metavar=name.rpartition("_")[2].upper(), help=help)
+    for foreign in foreign_flags(cls):
+        how: dict[str, Any] = {"action": "store_const", "const": "true"}
+        if not foreign.switch:
+            how = {"nargs": None if foreign.accepted else "+"}
+        parser.add_argument(*foreign.options, dest=_FOREIGN + foreign.names[0], help=argparse.SUPPRESS, **how)
     parser.add_argument("positional", nargs="?", metavar="MODEL", help="the same as --model")
     return parser
+
+
+def foreign_flags(cls: type[BaseModel]) -> list[ForeignFlag]:
+    """Flags of SGLang and vLLM that no setting of `cls` has."""
+    ours = {option for name, field in cls.model_fields.items() for option in _spellings(name, field)}
+    return [foreign for foreign in FOREIGN_FLAGS if not ours.intersection(foreign.options)]
 
 
 def _spellings(name: str, field: Any) -> tuple[str, ...]:
@@ -201,13 +224,21 @@ def _type_name(annotation: Any) -> str:
     return {str: "text", int: "whole number", float: "number", bool: "switch"}[kind]
 
 
-def _read_env(cls: type[BaseModel], env: Mapping[str, str]) -> dict[str, Any]:
+def _read_env(cls: type[BaseModel], env: Mapping[str, str], parser: argparse.ArgumentParser) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for name, field in cls.model_fields.items():
-        raw = env.get(ENV_PREFIX + name.upper())
-        if raw is not None:
-            is_list = get_origin(_plain(field.annotation)) is tuple
+    known = {ENV_PREFIX + name.upper(): name for name in cls.model_fields}
+    foreign = {
+        ENV_PREFIX + n.replace("-", "_").upper(): _FOREIGN + f.names[0] for f in foreign_flags(cls) for n in f.names
+    }
+    for variable, raw in env.items():
+        name = known.get(variable)
+        if name is not None:
+            is_list = get_origin(_plain(cls.model_fields[name].annotation)) is tuple
             values[name] = tuple(v.strip() for v in raw.split(",") if v.strip()) if is_list else raw
+        elif variable in foreign:
+            values[foreign[variable]] = raw
+        elif variable.startswith(ENV_PREFIX) and (near := difflib.get_close_matches(variable, known, n=1, cutoff=0.9)):
+            parser.error(f"{variable}: unknown setting; did you mean {near[0]}?")
     return values
 
 
@@ -221,9 +252,11 @@ def _read_file(cls: type[BaseModel], path: Path, parser: argparse.ArgumentParser
     if not isinstance(content, dict):
         parser.error(f"--config: {path.name} holds no mapping of settings")
     by_flag = {o[2:]: name for name, f in cls.model_fields.items() for o in _spellings(name, f)}
+    by_foreign = {name: _FOREIGN + f.names[0] for f in foreign_flags(cls) for name in f.names}
     values = {}
     for key, value in content.items():
-        name = by_flag.get(str(key).replace("_", "-"))
+        flag = str(key).replace("_", "-")
+        name = by_flag.get(flag) or by_foreign.get(flag)
         if name is None:
             near = difflib.get_close_matches(str(key), by_flag, n=1)
             parser.error(f"--config: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))

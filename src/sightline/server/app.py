@@ -16,13 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sightline import __version__
 from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
-from sightline.server import chat, completions, native, probes, responses, tokenize
+from sightline.server import chat, completions, native, openapi, probes, responses, tokenize
 from sightline.server.errors import error_response
 from sightline.server.lifecycle import Lifecycle
 
 logger = logging.getLogger("sightline.server")
 
-MODULES = (probes, chat, completions, responses, tokenize, native)
+MODULES = (probes, chat, completions, responses, tokenize, native, openapi)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}\Z")
 
 
@@ -33,6 +33,7 @@ def create_app(lifecycle: Lifecycle) -> ASGIApp:
     app.state.exchanges = {}
     for module in MODULES:
         app.include_router(module.router)
+    openapi.install(app)
     for kind in (RequestError, OverloadedError, EngineError):
         app.add_exception_handler(kind, _on_known_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -57,7 +58,9 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     if error.status_code == 404:
         return error_response(NotFoundError(f"Unknown URL: {request.method} {path}.", code="unknown_url"))
     message = f"{request.method} is not allowed for {path}." if error.status_code == 405 else str(error.detail)
-    return error_response(RequestError(message, code="method_not_allowed", status=error.status_code))
+    response = error_response(RequestError(message, code="method_not_allowed", status=error.status_code))
+    response.headers.update(error.headers or {})
+    return response
 
 
 class Edge:

@@ -16,7 +16,7 @@ from sightline.prompt.pipeline import Prompt
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.server.exchange import Exchange, check_ids, check_model, wire_logprob
 from sightline.server.lifecycle import Lifecycle
-from sightline.server.schema import SamplingFields, StreamOptions, check_stream_options
+from sightline.server.schema import SamplingFields, StreamOptions, check_stream_options, ranged
 from sightline.types import FinishReason, TokenLogprob
 
 router = APIRouter()
@@ -34,7 +34,7 @@ class CompletionRequest(SamplingFields):
     model: str | None = None
     best_of: int | None = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: int | None = ranged(minimum=0, maximum=_MAX_LOGPROBS)
     suffix: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -19,7 +19,7 @@ from sightline.prompt.pipeline import Prompt
 from sightline.prompt.processor import PixelLimits
 from sightline.server.exchange import Exchange, check_ids, wire_logprob
 from sightline.server.lifecycle import Lifecycle
-from sightline.server.schema import Body, SamplingFields
+from sightline.server.schema import Body, SamplingFields, ranged
 from sightline.types import FinishReason, TokenLogprob
 
 router = APIRouter()
@@ -33,8 +33,8 @@ class GenerateSampling(SamplingFields):
     harmless: ClassVar = SamplingFields.harmless | {"spaces_between_special_tokens", "custom_params"}
     refused: ClassVar = {**SamplingFields.refused, "stop_regex": (), "structural_tag": ()}
 
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
+    max_new_tokens: int | None = ranged(minimum=1)
+    min_new_tokens: int | None = ranged(minimum=0)
     sampling_seed: int | None = None
 
     def given(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class GenerateRequest(Body):
     stream: bool | None = None
     return_logprob: bool | None = None
     logprob_start_len: int | None = None
-    top_logprobs_num: int | None = None
+    top_logprobs_num: int | None = ranged(minimum=0, maximum=20)
 
     def check(self) -> None:
         """What the fields say together."""

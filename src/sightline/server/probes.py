@@ -21,6 +21,8 @@ router = APIRouter()
 # Answered while the model loads, and without a key.
 OPEN_PATHS = frozenset(
     {"/livez", "/readyz", "/health", "/startupz", "/ping", "/version", "/v2/health/live", "/v2/health/ready"}
+    # What the API looks like is no secret: it is the same for every server.
+    | {"/docs", "/openapi.json"}
 )
 
 DEMO_NOTICE = (

@@ -18,7 +18,14 @@ from sightline.prompt.pipeline import Prompt
 from sightline.server.errors import error_body
 from sightline.server.exchange import Exchange, check_model, logprob_entries, renamed
 from sightline.server.lifecycle import Lifecycle
-from sightline.server.schema import SamplingFields, StreamOptions, check_message, check_metadata, check_stream_options
+from sightline.server.schema import (
+    SamplingFields,
+    StreamOptions,
+    check_message,
+    check_metadata,
+    check_stream_options,
+    ranged,
+)
 from sightline.server.sse import ClientGone, until_client_goes
 from sightline.types import FinishReason
 
@@ -53,8 +60,8 @@ class ResponsesRequest(SamplingFields):
     input: str | list[dict[str, Any]]
     model: str | None = None
     instructions: str | None = None
-    max_output_tokens: int | None = None
-    top_logprobs: int | None = None
+    max_output_tokens: int | None = ranged(minimum=1)
+    top_logprobs: int | None = ranged(minimum=0, maximum=20)
     include: list[str] | None = None
     text: TextOptions | None = None
     reasoning: dict[str, Any] | None = None

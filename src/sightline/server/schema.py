@@ -86,6 +86,11 @@ class Body(BaseModel):
                 _log_once(name)
 
 
+def ranged(**limits: float) -> Any:
+    """An optional field whose range is told to readers of the API's description; `SamplingParams.validate` checks it."""
+    return Field(default=None, json_schema_extra={**limits})
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -108,21 +113,21 @@ class PixelBounds(BaseModel):
 class SamplingFields(Body):
     """How to choose tokens and when to stop. Ranges are checked by `SamplingParams.validate`."""
 
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    n: int | None = None
+    max_tokens: int | None = ranged(minimum=1)
+    min_tokens: int | None = ranged(minimum=0)
+    temperature: float | None = ranged(minimum=0, maximum=2)
+    top_p: float | None = ranged(exclusiveMinimum=0, maximum=1)
+    top_k: int | None = ranged(minimum=-1)
+    min_p: float | None = ranged(minimum=0, maximum=1)
+    n: int | None = ranged(minimum=1, maximum=128)
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    presence_penalty: float | None = ranged(minimum=-2, maximum=2)
+    frequency_penalty: float | None = ranged(minimum=-2, maximum=2)
+    repetition_penalty: float | None = ranged(exclusiveMinimum=0, maximum=2)
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -185,9 +190,9 @@ class ChatCompletionRequest(SamplingFields):
 
     messages: list[dict[str, Any]]
     model: str | None = None
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = ranged(minimum=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = ranged(minimum=0, maximum=20)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

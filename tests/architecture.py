@@ -32,7 +32,7 @@ LEVEL = {layer: level for level, layers in enumerate(LADDER) for layer in layers
 # The layer of a top-level module or package is its own name, but for these. "" is sightline/__init__.py.
 LAYER_OF = {
     **dict.fromkeys(("types", "config", "errors", "registry", "logging", "hub", "version", "foreign_flags"), "base"),
-    **dict.fromkeys(("__main__", "launch_server", "doctor", "utils", "test", "test_utils"), "cli"),
+    **dict.fromkeys(("__main__", "launch_server", "catalog", "doctor", "utils", "test", "test_utils"), "cli"),
     "": "engine",
 }
 

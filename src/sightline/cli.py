@@ -1,4 +1,4 @@
-"""The command line: serve, ask, bench, doctor, version. Imports are late, so that `--help` is immediate."""
+"""The command line: serve, ask, bench, models, doctor, version. Imports are late, so that `--help` is immediate."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _USAGE = """usage: sightline COMMAND [flags]
   serve [MODEL]               start the server; without a model, the bundled sightline-tiny
   ask PICTURE... "QUESTION"   one answer in the terminal, without a server
   bench serve|compare         measure a running server, or this machine beside transformers
+  models [FOLDER]             list what can be served; say what a checkpoint is and whether it fits this machine
   doctor [--selftest]         say what this machine has; prove the installation with the bundled model
   version                     print the version
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve": _serve,
         "ask": _ask,
         "bench": _bench,
+        "models": _models,
         "doctor": _doctor,
         "version": _version,
     }
@@ -59,6 +61,12 @@ def _bench(argv: list[str]) -> int:
     from sightline import bench
 
     return bench.main(argv)
+
+
+def _models(argv: list[str]) -> int:
+    from sightline import catalog
+
+    return catalog.main(argv)
 
 
 def _version(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ from sightline.config import EngineConfig
 from sightline.engine.core import EngineCore
 from sightline.engine.cuda_graph import DecodeGraphs
 from sightline.engine.encoder import Encoder
-from sightline.engine.memory import PAGE_SIZE, module_bytes, plan_memory
+from sightline.engine.memory import PAGE_SIZE, max_running_requests, module_bytes, plan_memory
 from sightline.engine.peak import largest_picture, measure_peak, step_cache
 from sightline.engine.runner import ModelRunner
 from sightline.engine.sampler import Sampler
@@ -46,8 +46,8 @@ def build_core(
     config: EngineConfig, model_dir: Path, on_progress: Callable[[LoadProgress], None]
 ) -> tuple[EngineCore, MemoryPlan]:
     """Raises `StartupError` subclasses that carry the exit code."""
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
     if device.type == "cuda":
         # Everything of this thread: beside it, the encoder's stream gives way.
         torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
@@ -74,7 +74,7 @@ def build_core(
     on_progress(LoadProgress("memory"))
     eos = eos_token_ids(model_dir, hf_config)
     max_step = config.chunked_prefill_size or (2048 if device.type == "cpu" else 8192)
-    max_running = config.max_running_requests or (32 if device.type == "cpu" else 256)
+    max_running = max_running_requests(config, device)
     overlap = device.type == "cuda" and not config.disable_overlap_schedule
     runner = ModelRunner(
         model,
@@ -217,7 +217,8 @@ def _warm_up(core: EngineCore) -> None:
     core.stats = type(core.stats)(pages_total=core.stats.pages_total)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -227,7 +228,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU and float32 on a CPU, where it is both exact and faster."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -85,8 +85,19 @@ def _available(config: EngineConfig, device: torch.device, weights: int, activat
         if config.mem_fraction_static is not None:
             return int(total * config.mem_fraction_static)
         return free + weights - activation - _CUDA_RESERVE
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory * (config.mem_fraction_static or 0.5))
+    return int(device_memory(device) * (config.mem_fraction_static or 0.5))
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def max_running_requests(config: EngineConfig, device: torch.device) -> int:
+    """Requests computed at once."""
+    return config.max_running_requests or (32 if device.type == "cpu" else 256)
 
 
 def module_bytes(module: torch.nn.Module) -> int:

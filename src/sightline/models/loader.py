@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +40,11 @@ def architecture(config: Mapping[str, Any]) -> str:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ModelNotFoundError("config.json: architectures is missing, so the kind of model is unknown.")
     if names[0] not in FAMILIES:
-        supported = ", ".join(f"{key} ({family.name})" for key, family in FAMILIES.items())
-        raise ModelNotFoundError(f"The architecture {names[0]} is not supported. Supported: {supported}.")
+        (near,) = difflib.get_close_matches(names[0], FAMILIES, n=1, cutoff=0.0)
+        raise ModelNotFoundError(
+            f"The architecture {names[0]} is not supported; the nearest that is: {near} ({FAMILIES[near].name}). "
+            "`sightline models` lists all."
+        )
     return names[0]
 
 
@@ -59,15 +63,7 @@ def load_model(
     reads config.json alone. on_progress: called with (fraction, detail) as bytes arrive.
     """
     device = torch.device(device)
-    module_name, _, class_name = FAMILIES[architecture].model.partition(":")
-    model_class = getattr(importlib.import_module(module_name), class_name)
-    preprocessor = model_dir / "preprocessor_config.json"
-    hf_config = read_config(model_dir)
-    companion = model_class.companion(hf_config) if hasattr(model_class, "companion") else None
-    companion_dir = hub.find_companion(companion, model_dir) if companion else None
-    if companion_dir is not None:
-        hf_config = {**hf_config, "companion_config": read_config(companion_dir)}
-    config = model_class.config_class.from_hf(hf_config, _read_json(preprocessor) if preprocessor.is_file() else {})
+    model_class, config, companion = model_class_and_config(model_dir, architecture)
     with _defaults(device, dtype):
         model: nn.Module = model_class(config).eval()
     if load_format == "dummy":
@@ -77,6 +73,20 @@ def load_model(
     else:
         raise CheckpointError(f"load_format is {load_format!r}; known are auto, safetensors and dummy.")
     return model
+
+
+def model_class_and_config(model_dir: Path, architecture: str) -> tuple[Any, Any, str | None]:
+    """The class, its config, and the name of the checkpoint that fills slots which this one may leave empty."""
+    module_name, _, class_name = FAMILIES[architecture].model.partition(":")
+    model_class = getattr(importlib.import_module(module_name), class_name)
+    preprocessor = model_dir / "preprocessor_config.json"
+    hf_config = read_config(model_dir)
+    companion = model_class.companion(hf_config) if hasattr(model_class, "companion") else None
+    companion_dir = hub.find_companion(companion, model_dir) if companion else None
+    if companion_dir is not None:
+        hf_config = {**hf_config, "companion_config": read_config(companion_dir)}
+    config = model_class.config_class.from_hf(hf_config, _read_json(preprocessor) if preprocessor.is_file() else {})
+    return model_class, config, companion
 
 
 @contextmanager
@@ -101,7 +111,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(model_dir: Path) -> list[Path]:
+def weight_files(model_dir: Path) -> list[Path]:
     """The shards that the index names, or the only safetensors file."""
     index = model_dir / _INDEX
     if index.is_file():
@@ -144,7 +154,7 @@ def _fill(model: nn.Module, model_dir: Path, on_progress: Progress, companion: s
     """
     slots = collect_slots(model)
     filled: set[str] = set()
-    leftover = _copy_files(_weight_files(model_dir), slots, filled, model.map_name, on_progress)  # type: ignore[arg-type]
+    leftover = _copy_files(weight_files(model_dir), slots, filled, model.map_name, on_progress)  # type: ignore[arg-type]
     missing = [name for name in slots if name not in filled]
     if missing and companion is not None:
         folder = hub.find_companion(companion, model_dir)
@@ -154,7 +164,7 @@ def _fill(model: nn.Module, model_dir: Path, on_progress: Progress, companion: s
                 f"those of {companion}. Put that checkpoint's folder (config.json and *.safetensors) at "
                 f"{model_dir / companion.rstrip('/').rpartition('/')[2]}, or download it into the hub cache."
             )
-        _copy_files(_weight_files(folder), slots, filled, model.map_companion_name, on_progress)  # type: ignore[arg-type]
+        _copy_files(weight_files(folder), slots, filled, model.map_companion_name, on_progress)  # type: ignore[arg-type]
         missing = [name for name in slots if name not in filled]
     if missing or leftover:
         problems = [f"{_few(missing)} missing"] if missing else []

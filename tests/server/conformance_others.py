@@ -466,6 +466,7 @@ def _(api: Api) -> None:
         assert info["model_path"] == "tiny"
         assert info["is_generation"] is True
         assert info["has_image_understanding"] is True
+        assert info["architectures"] == ["Qwen2VLForConditionalGeneration"]
 
 
 @row(CONTROL, "/server_info, /get_server_info", WORKS, "settings without keys and paths, limits, counters")
@@ -474,6 +475,8 @@ def _(api: Api) -> None:
         info = requests.get(api.url + path, timeout=10).json()
         assert info["version"]
         assert "api_key" not in info["config"]
+        # SGLang's bench_serving reads the first of them.
+        assert info["internal_states"][0]["steps"] > 0
 
 
 @row(CONTROL, "/health, /health_generate", WORKS, "/health never waits for the engine; the other runs one token")

@@ -124,6 +124,7 @@ class PromptPipeline:
         if architecture not in FAMILIES:
             raise ModelNotFoundError(f"The architecture {architecture} is not supported.")
         family = FAMILIES[architecture]
+        self.architecture: str = architecture
         self.limits = limits
         self.context_length = context_length
         self.tokenizer = Tokenizer(model_dir)

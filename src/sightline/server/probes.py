@@ -20,7 +20,7 @@ router = APIRouter()
 
 # Answered while the model loads, and without a key.
 OPEN_PATHS = frozenset(
-    {"/livez", "/readyz", "/health", "/startupz", "/ping", "/version", "/v2/health/live", "/v2/health/ready"}
+    {"/livez", "/readyz", "/ready", "/health", "/startupz", "/ping", "/version", "/v2/health/live", "/v2/health/ready"}
     # What the API looks like is no secret: it is the same for every server.
     | {"/docs", "/openapi.json"}
 )
@@ -44,6 +44,7 @@ async def livez() -> Response:
 
 
 @router.get("/readyz")
+@router.get("/ready")
 @router.get("/health")
 @router.get("/ping")
 @router.get("/v2/health/ready")
@@ -138,9 +139,14 @@ async def model_info(request: Request) -> Response:
     return JSONResponse(
         {
             "model_path": lifecycle.model_name,
+            "tokenizer_path": lifecycle.model_name,
             "served_model_name": lifecycle.model_name,
             "is_generation": True,
+            "weight_version": "default",
+            "load_format": lifecycle.config.load_format,
+            "architectures": [lifecycle.pipeline.architecture],
             "has_image_understanding": lifecycle.pipeline.processor is not None,
+            "has_audio_understanding": False,
             "preferred_sampling_params": lifecycle.sampling_defaults,
         }
     )
@@ -152,16 +158,23 @@ async def server_info(request: Request) -> Response:
     """Settings (without keys), limits, the memory plan, and counters since start."""
     lifecycle = _lifecycle(request)
     media = lifecycle.pipeline.media
+    stats = msgspec.to_builtins(lifecycle.engine.stats)
+    assert lifecycle.plan is not None
     return JSONResponse(
         {
             "version": sightline.__version__,
             "model": lifecycle.model_name,
+            # Under SGLang's names too, for its tools.
+            "model_path": lifecycle.model_name,
+            "served_model_name": lifecycle.model_name,
+            "max_total_num_tokens": lifecycle.plan.num_tokens,
+            "internal_states": [stats],
             "config": dump_public(lifecycle.config),
             "memory_plan": msgspec.to_builtins(lifecycle.plan),
             "ready_after_seconds": lifecycle.ready_after,
             "requests_in_flight": lifecycle.in_flight,
             "requests_refused": lifecycle.num_refused,
             "media": vars(media.counters),
-            "engine": msgspec.to_builtins(lifecycle.engine.stats),
+            "engine": stats,
         }
     )

@@ -154,3 +154,20 @@ def test_the_table_of_picture_tokens_is_computed() -> None:
     for width, height, *shown in (map(int, row) for row in rows):
         plan = processor.plan(width, height)
         assert [plan.width, plan.height, plan.num_tokens] == shown, f"{width} x {height}"
+
+
+def test_the_page_on_new_families_names_what_exists() -> None:
+    """Every path is there, and every other name in code is defined somewhere in the package or its tests."""
+    page = (ROOT / "docs" / "adding_a_model.md").read_text()
+    names = set(re.findall(r"`([\w./]+)`", page))
+    paths = {name for name in names if "/" in name or name.endswith(".md")}
+    assert len(paths) > 12
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    sources = "\n".join(p.read_text() for folder in ("src", "tests") for p in (ROOT / folder).rglob("*.py"))
+    known = {"config.json", "preprocessor_config.json", "detail"}
+    missing = [
+        name
+        for name in names - paths - known
+        if not re.search(rf"^\s*(?:def |class )?{re.escape(name)}\b\s*[(:=]", sources, re.MULTILINE)
+    ]
+    assert not missing

@@ -16,6 +16,7 @@ from torch import Tensor
 from sightline.config import EngineConfig
 from sightline.engine.factory import build_core
 from sightline.errors import CheckpointError, RequestError
+from sightline.layers import normed, rotary
 from sightline.models.config import Fields
 from sightline.models.decoder import TEXT_DEFAULTS, RopeScaling, text_config
 from sightline.prompt.pipeline import PromptPipeline
@@ -169,8 +170,8 @@ MUTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "wrong factor": ("Llama 3.1", {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 64)}),
     "wrong ramp": ("Llama 3.1", {"rope_scaling": RopeScaling(8.0, 1.0, 2.0, 64)}),
     "linear for llama3": ("Llama 3.1", {"rope_scaling": RopeScaling(8.0)}),
-    "rope theta": ("Mistral", {"rope_theta": 1000.0}),
-    "rms_norm_eps": ("Qwen2", {"rms_norm_eps": 1e-2}),
+    **{f"{kind}: rope theta": (kind, {"rope_theta": 1000.0}) for kind in ("Llama", "Mistral", "Qwen2")},
+    **{f"{kind}: rms_norm_eps": (kind, {"rms_norm_eps": 1e-2}) for kind in ("Llama", "Mistral", "Qwen2")},
 }
 
 
@@ -191,4 +192,23 @@ def test_biases_matter(case: str, part: str) -> None:
     model = load(model_dir)
     for layer in model.model.layers:
         getattr(layer.self_attn, part).bias.zero_()
+    assert difference(model, model_dir) > 20 * TOLERANCE
+
+
+def _silu_on_the_wrong_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = normed.silu_and_mul
+    monkeypatch.setattr(normed, "silu_and_mul", lambda x: original(x.roll(x.shape[-1] // 2, -1)))
+
+
+def _turned_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = rotary.tables
+    monkeypatch.setattr(rotary, "tables", lambda angles: original(-angles))
+
+
+@pytest.mark.parametrize("mistake", [_silu_on_the_wrong_half, _turned_the_other_way])
+@pytest.mark.parametrize("case", ["Llama", "Mistral", "Qwen2"])
+def test_mistakes_show(case: str, mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_dir = tiny_llava.text(**CASES[case])
+    model = load(model_dir)
+    mistake(monkeypatch)
     assert difference(model, model_dir) > 20 * TOLERANCE

@@ -14,6 +14,7 @@ import torch
 from sightline.layers.parameter import collect_slots
 from sightline.models.loader import architecture, read_config
 from sightline.prompt.pipeline import PromptPipeline
+from sightline.prompt.processor import load_processor
 from sightline.registry import FAMILIES
 from tests import oracle, released
 
@@ -72,3 +73,27 @@ def test_size_and_prompt(kind: str, tmp_path: Path) -> None:
     bos = released.RELEASES[kind].bos
     if bos is not None:
         assert prompt.input_ids[0] == mine.tokenizer.token_to_id(bos) not in prompt.input_ids[1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [
+        ("qwen2-vl-7b", 324),
+        ("qwen2.5-vl-7b", 324),
+        ("llava-1.5-7b", 576),
+        ("llava-next-mistral-7b", 576),
+        ("llava-onevision-7b", 730),
+        ("llama-3.2-11b-vision", 1),
+    ],
+)
+def test_what_detail_means(kind: str, tokens: int, tmp_path: Path) -> None:
+    """The table of docs/pictures-and-tokens.md."""
+    released.write(kind, tmp_path)
+    processor = load_processor(FAMILIES[architecture(read_config(tmp_path))].processor, tmp_path)
+    assert processor is not None
+    own, low = processor.plan(1600, 1600), processor.plan(1600, 1600, processor.limits_for("low"))
+    assert low.num_tokens == tokens
+    if kind != "llava-1.5-7b":
+        assert low.grid[1] * low.grid[2] < own.grid[1] * own.grid[2]
+    for detail in ("auto", "high", "original"):
+        assert processor.plan(1600, 1600, processor.limits_for(detail)) == own

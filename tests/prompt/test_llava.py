@@ -21,7 +21,7 @@ from sightline.prompt import llava
 from sightline.prompt.llava import LlavaProcessor
 from sightline.prompt.pipeline import PromptPipeline
 from sightline.prompt.processor import PixelLimits
-from tests import llava_oracle, tiny_llava
+from tests import llava_oracle, released, tiny_llava
 
 KINDS: dict[str, dict[str, Any]] = {
     "crop": {"kind": "llava"},
@@ -283,3 +283,21 @@ def test_resizing_in_strips_is_resizing(monkeypatch: pytest.MonkeyPatch) -> None
             mine.resize(noise(w, h), mine.plan(w, h)).tobytes() for w, h in ((300, 20), (20, 300), (200, 199))
         ]
     assert len({tuple(v) for v in whole.values()}) == 1
+
+
+def test_the_map_is_cut_as_each_sides_code_cuts_it(tmp_path: Path) -> None:
+    """294 * (108 / 1323) is 23.999999999999996: 24 rows of the picture to transformers, 23 to the authors."""
+    theirs, authors = tmp_path / "theirs", tmp_path / "authors"
+    released.write("llava-onevision-7b", theirs)
+    released.write("llava-onevision-7b, authors'", authors)
+    for width, height in ((1323, 294), (1323, 147), (1024, 768)):
+        rows = np.arange(27)
+        scale = 108 / width
+        margin = (27 - int(height * scale)) // 2
+        plan = LlavaProcessor(authors).plan(width, height)
+        if height != 768:
+            kept = len(rows[margin : 27 - margin])
+            assert (plan.grid, plan.num_tokens) == ((1, kept, 108), 729 + kept * 109)
+            assert LlavaProcessor(theirs).plan(width, height).grid == (1, kept + 2, 108)
+        else:
+            assert plan == LlavaProcessor(theirs).plan(width, height)

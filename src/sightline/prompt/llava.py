@@ -2,7 +2,7 @@
 
 Rules are those of the releases as transformers has them in `LlavaImageProcessorPil`, `LlavaNextImageProcessorPil` and
 `LlavaOnevisionImageProcessorPil`; tests compare the pixels byte for byte. The authors' layout (`LlavaLlamaForCausalLM` and its
-like) follows their `mm_utils.py`, whose tiles are the same.
+like) follows their `mm_utils.py` and `llava_arch.py`: the same tiles, and a map that can be one row or column smaller.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class LlavaProcessor:
         architecture = (config.get("architectures") or [""])[0]
         self.tiling: Tiling | None
         self._class_feature = 0
+        self._map_size = unpadded if architecture in _HF else authors_unpadded
         if architecture in _HF:
             release = _HF[architecture]
             vision = config.get("vision_config") or {}
@@ -115,7 +116,7 @@ class LlavaProcessor:
             grid = _SQUARE_NEWLINE if newline else _SQUARE
             return ImagePlan(self.image_size, self.image_size, grid, base + newline)
         rows, columns = (length // self.image_size for length in canvas)
-        map_height, map_width = unpadded(height, width, rows * self.side, columns * self.side)
+        map_height, map_width = self._map_size(height, width, rows * self.side, columns * self.side)
         grid = (rows, map_height, map_width)
         h, w = self._shrunk(map_height, map_width)
         return ImagePlan(width=canvas[1], height=canvas[0], grid=grid, num_tokens=base + h * (w + 1))
@@ -212,12 +213,20 @@ def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
 
 
 def unpadded(height: int, width: int, map_height: int, map_width: int) -> tuple[int, int]:
-    """Size of the map without the margins that a picture of height x width leaves. Rounding is transformers'; the authors'
-    code lacks it and can differ by one row or column."""
+    """Size of the map without the margins that a picture of height x width leaves, as transformers computes it."""
     if width / height > map_width / map_height:
         kept = int(round(height * (map_width / width), 7))
         return map_height - (map_height - kept) // 2 * 2, map_width
     kept = int(round(width * (map_height / height), 7))
+    return map_height, map_width - (map_width - kept) // 2 * 2
+
+
+def authors_unpadded(height: int, width: int, map_height: int, map_width: int) -> tuple[int, int]:
+    """As the authors' `unpad_image` does: where a product like 23.999999999999996 is cut to 23, one cell fewer is kept."""
+    if width / height > map_width / map_height:
+        kept = int(height * (map_width / width))
+        return map_height - (map_height - kept) // 2 * 2, map_width
+    kept = int(width * (map_height / height))
     return map_height, map_width - (map_width - kept) // 2 * 2
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,8 @@ class AttentionBatch:
 
     cu_seqlens_q: int32 [B+1]. kv_lens: int32 [B], tokens in the cache after this step's write. page_table: int32
     [B, P], physical page of each logical page, 0 where unused. slot_mapping: int64 [T], page * page_size + offset where
-    each row's K/V goes. q_lens_cpu, kv_lens_cpu: the same lengths as Python lists, so that no backend synchronises.
+    each row's K/V goes. tiles: `AttentionBackend.plan_tiles` on the device, for a backend that has it and was not given the
+    lengths. q_lens_cpu, kv_lens_cpu: the same lengths as Python lists, so that no backend synchronises.
     """
 
     cu_seqlens_q: Tensor
@@ -71,13 +73,15 @@ class AttentionBatch:
     q_lens_cpu: list[int]
     kv_lens_cpu: list[int]
     num_decode: int
+    tiles: Tensor | None = None
 
 
 class AttentionBackend(abc.ABC):
     """Causal self-attention over the paged cache. One instance serves all layers and steps.
 
-    capturable: decode batches can be part of a CUDA graph, because launches depend on the tensors' shapes alone; then
-    kv_len 0 and slot -1 are padding. rotates: `rotate_and_forward` is there.
+    capturable: a step can be part of a CUDA graph, because launches depend on the tensors' shapes alone; then kv_len 0, slot
+    -1 and tiles of empty sequences are padding, and the lengths on the host are not looked at. rotates: `rotate_and_forward`
+    is there.
     """
 
     capturable = False
@@ -99,6 +103,11 @@ class AttentionBackend(abc.ABC):
     ) -> Tensor:
         """`forward` of the merged projection, with the rotation. qkv [T, (num_heads + 2 num_kv_heads) * head_dim] is
         overwritten; cos, sin: as in `layers.rotary.Rotary`. Returns [T, num_heads, head_dim]."""
+        raise NotImplementedError
+
+    def plan_tiles(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_heads: int, cache: KVCache) -> np.ndarray:
+        """int32 [N, 2], the work of a graph's prompts of these lengths, as `AttentionBatch.tiles` wants it; for a capturable
+        backend. N depends on q_lens alone."""
         raise NotImplementedError
 
     def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +28,7 @@ class TritonBackend(AttentionBackend):
         self._tiles: tuple[Tensor, Tile] | None = None
 
     def prepare(self, batch: AttentionBatch) -> None:
-        """The tiles of the step's chunks need head counts: the first layer makes them."""
+        """The tiles of the step's chunks need head counts: the first layer makes them, unless the batch brings some."""
         self._tiles = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, cache: KVCache, batch: AttentionBatch) -> Tensor:
@@ -59,8 +62,15 @@ class TritonBackend(AttentionBackend):
         cu_seqlens_q, kv_lens, page_table = batch.cu_seqlens_q, batch.kv_lens, batch.page_table
         return prefill_attention(q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out)
 
+    def plan_tiles(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_heads: int, cache: KVCache) -> np.ndarray:
+        """See `AttentionBackend.plan_tiles`."""
+        k = cache.k[0]
+        return prefill_tiles(q_lens, kv_lens, group=num_heads // k.shape[2], tile=prefill_tile(k.dtype, 0))
+
     def _plan(self, q: Tensor, num_kv_heads: int, batch: AttentionBatch) -> tuple[Tensor, Tile]:
         """Decode rows get no tiles."""
+        if batch.tiles is not None:
+            return batch.tiles, prefill_tile(q.dtype, 0)
         num_heads = q.shape[1]
         q_lens = [0] * batch.num_decode + batch.q_lens_cpu[batch.num_decode :]
         tile = prefill_tile(q.dtype, sum(q_lens) * num_heads)

@@ -1,14 +1,14 @@
-"""Whole decode steps as CUDA graphs: one launch instead of hundreds.
+"""Whole steps as CUDA graphs: one launch instead of hundreds, which a processor is too slow to make in time.
 
 A graph replays with the addresses that it was captured with, so its inputs live in static tensors; it is captured for a few
-batch sizes, and a smaller batch is padded with rows that read and write nothing.
+sizes, and a smaller step is padded with rows that read and write nothing.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +16,76 @@ from torch import Tensor, nn
 
 from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
 
-# Rows of `DecodeGraphs.run`'s fields, and those of a padding row, which has no keys and writes nothing.
-_IDS, _POSITIONS, _SLOTS, _KV_LENS, _PLACES = range(5)
-_PADDING = np.array([[0], [0], [-1], [0], [-1]], dtype=np.int32)
+# Prompts of one mixed step, at most.
+_MAX_PROMPTS = 32
+# Rows of a mixed step, up to the scheduler's bound, and of these how many decode or are sampled.
+_TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 1024)
+_SAMPLED = (16, 64, 128, 256)
 
 
-def batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, then steps of 8, above 128 of 16; the largest always."""
-    sizes = [1, 2, 4, *range(8, 128, 8), *range(128, largest, 16)]
-    return [*(n for n in sizes if n < largest), largest]
+class HostStep(NamedTuple):
+    """A step's layout as the host knows it: T packed rows of B sequences, decode rows first, S of them sampled.
+
+    ids: int [T], 0 where only the device knows. places: int [num_decode], where among the tokens of the step before the id of
+    a decode row stands, or -1. positions: int [3, T]. slots: int [T]. q_lens, kv_lens: B lengths. page_table: int32 [B, P].
+    sampled: the S rows whose logits are wanted.
+    """
+
+    ids: np.ndarray
+    places: list[int]
+    positions: np.ndarray
+    slots: np.ndarray
+    q_lens: list[int]
+    kv_lens: list[int]
+    page_table: np.ndarray
+    sampled: list[int]
+
+    @property
+    def num_decode(self) -> int:
+        """Sequences of one row that decode."""
+        return len(self.places)
 
 
-class DecodeGraphs:
-    """Graphs of embedding, decoder and output head for decode rows that see no picture beside the text.
+class _Inputs:
+    """Every number of a step, in one int32 buffer that one copy fills."""
 
-    max_batch: rows of the largest graph. max_running: rows of any step. max_pages: of one sequence. Memory of all graphs comes from one pool: they never run at the same time.
+    def __init__(self, num_rows: int, num_sequences: int, num_tiles: int, device: torch.device) -> None:
+        sizes = {
+            "ids": num_rows,
+            "places": num_rows,
+            "positions": 3 * num_rows,
+            "slots": num_rows,
+            "sampled": num_rows,
+            "kv_lens": num_sequences,
+            "cu_seqlens": num_sequences + 1,
+            "tiles": 2 * num_tiles,
+        }
+        self._ends = np.cumsum(list(sizes.values())).tolist()
+        self._names = list(sizes)
+        self._buffer = torch.zeros(self._ends[-1], dtype=torch.int32, device=device)
+        self.views = self._split(self._buffer)
+
+    def _split(self, flat: Any) -> dict[str, Any]:
+        starts = [0, *self._ends]
+        return {name: flat[a:b] for name, a, b in zip(self._names, starts, self._ends, strict=False)}
+
+    def host(self) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """New pinned memory of the same layout, and its parts; what is not written is arbitrary."""
+        memory = torch.empty(self._ends[-1], dtype=torch.int32, pin_memory=True)
+        return memory, self._split(memory.numpy())
+
+    def upload(self, memory: Tensor) -> None:
+        """Replace all."""
+        self._buffer.copy_(memory, non_blocking=True)
+
+
+class StepGraphs:
+    """Graphs of steps in which no row sees a picture beside the text: of decode steps the embedding, decoder and head; of mixed
+    ones the decoder and head, because what pictures put into the embedding has no fixed shape.
+
+    max_batch: rows of the largest decode graph. max_running: rows that a step may sample. max_mixed: rows of a mixed step.
+    max_pages: of one sequence. num_heads: query heads. Memory of all graphs comes from one pool: they never run at the same
+    time.
     """
 
     def __init__(
@@ -41,74 +96,167 @@ class DecodeGraphs:
         *,
         max_batch: int,
         max_running: int,
+        max_mixed: int,
         max_pages: int,
+        num_heads: int,
         device: torch.device,
     ) -> None:
         self._model: Any = model
+        config: Any = model.config
         self._cache = cache
         self._backend = backend
-        self.sizes = batch_sizes(max_batch)
-        self._inputs = torch.zeros(5 * max_batch, dtype=torch.int32, device=device)
+        self._num_heads = num_heads
+        decode = [n for n in (1, 2, 4, *range(8, 128, 8), *range(128, max_batch, 16)) if n < max_batch]
+        self.decode_sizes = [*decode, max_batch]
+        self.token_sizes = [n for n in _TOKENS if n < max_mixed] + [max_mixed]
+        self.sampled_sizes = [n for n in _SAMPLED if n < max_running] + [max_running]
+        sequences = max_running + _MAX_PROMPTS + 1
+        self._num_tiles = {n: self._tiles_of([n // _MAX_PROMPTS] * _MAX_PROMPTS + [n]) for n in self.token_sizes}
+        most = max(max_batch, max_running, self.token_sizes[-1])
+        self._inputs = _Inputs(most, sequences, max(self._num_tiles.values()), device)
         self._newest = torch.zeros(max_running, dtype=torch.int64, device=device)
-        self._page_table = torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._page_table = torch.zeros(sequences, max_pages, dtype=torch.int32, device=device)
+        self._hidden = torch.zeros(self.token_sizes[-1], config.hidden_size, dtype=cache.k[0].dtype, device=device)
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def _tiles_of(self, q_lens: Sequence[int]) -> int:
+        return len(self._backend.plan_tiles(q_lens, q_lens, self._num_heads, self._cache))
+
+    # -- capture -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def capture(self, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
         """Largest first, so that the smaller ones fit into its memory."""
+        pairs = [
+            (tokens, sampled) for tokens in self.token_sizes for sampled in self.sampled_sizes if sampled <= tokens
+        ]
+        keys = [*((size, 0) for size in self.decode_sizes), *pairs]
+        keys.sort(reverse=True)
         pool = torch.cuda.graph_pool_handle()
-        for i, size in enumerate(reversed(self.sizes)):
-            padding = np.repeat(_PADDING, size, axis=1)
-            self._inputs[: 5 * size].copy_(torch.from_numpy(padding).view(-1))
+        memory, parts = self._inputs.host()
+        self._pad(parts, 0, 0)
+        self._inputs.upload(memory)
+        for i, key in enumerate(keys):
             # compiles kernels and fills caches, which a capture cannot do
-            self._compute(size)
+            self._compute(*key)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                logits = self._compute(size)
-            self._graphs[size] = graph, logits
-            on_progress((i + 1) / len(self.sizes))
+            graph.capture_begin(pool=pool)
+            logits = self._compute(*key)
+            graph.capture_end()
+            self._graphs[key] = graph, logits
+            on_progress((i + 1) / len(keys))
 
-    def covers(self, num_rows: int) -> bool:
-        """Whether a batch of this size can be run."""
-        return num_rows <= self.sizes[-1]
-
-    def run(self, fields: np.ndarray, page_table: np.ndarray, newest: Tensor | None) -> Tensor:
-        """Logits float32 [n, V] of n decode rows, valid until the next call.
-
-        fields: int32 [5, n]: id, rotary position, slot, kv_len, and the row of `newest` (the tokens of the step before, on
-        the device) that holds the id instead, or -1. page_table: int32 [n, P].
-        """
-        n, width = page_table.shape
-        size = self.sizes[bisect_left(self.sizes, n)]
-        host = torch.empty(5, size, dtype=torch.int32, pin_memory=True)
-        array = host.numpy()
-        array[:, n:] = _PADDING
-        array[:, :n] = fields
-        self._inputs[: 5 * size].copy_(host.view(-1), non_blocking=True)
-        self._page_table[:n, :width].copy_(torch.from_numpy(page_table).pin_memory(), non_blocking=True)
-        if newest is not None:
-            self._newest[: newest.shape[0]].copy_(newest)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:n]
-
-    def _compute(self, size: int) -> Tensor:
-        fields = self._inputs[: 5 * size].view(5, size)
-        places = fields[_PLACES]
-        ids = torch.where(places >= 0, self._newest[places.clamp(min=0)], fields[_IDS].long())
-        positions = fields[_POSITIONS].long()
+    def _compute(self, tokens: int, sampled: int) -> Tensor:
+        """Logits float32 [sampled, V] of a mixed step, or [tokens, V] of a decode step (sampled is 0)."""
+        views = self._inputs.views
+        sequences = sampled + _MAX_PROMPTS + 1 if sampled else tokens
         batch = AttentionBatch(
-            cu_seqlens_q=torch.arange(size + 1, dtype=torch.int32, device=ids.device),
-            kv_lens=fields[_KV_LENS],
-            page_table=self._page_table[:size],
-            slot_mapping=fields[_SLOTS].long(),
-            q_lens_cpu=[1] * size,
-            kv_lens_cpu=[self._page_table.shape[1] * self._cache.page_size] * size,
-            num_decode=size,
+            cu_seqlens_q=views["cu_seqlens"][: sequences + 1],
+            kv_lens=views["kv_lens"][:sequences],
+            page_table=self._page_table[:sequences],
+            slot_mapping=views["slots"][:tokens].long(),
+            q_lens_cpu=[],
+            kv_lens_cpu=[],
+            num_decode=sampled or tokens,
+            tiles=views["tiles"].view(-1, 2)[: self._num_tiles[tokens]] if sampled else None,
         )
         self._backend.prepare(batch)
-        hidden = self._model.embed(ids, None, None)
-        on_axes = positions.expand(3, size) if self._model.uses_mrope else positions
-        hidden = self._model.forward(hidden, on_axes, ForwardContext(self._backend, self._cache, batch), None)
+        hidden = self._hidden[:tokens] if sampled else self._model.embed(self._ids(tokens), None, None)
+        positions = views["positions"].view(3, -1)[:, :tokens].long()
+        rows = views["sampled"][:sampled].long() if sampled else None
+        ctx = ForwardContext(self._backend, self._cache, batch)
+        hidden = self._model.forward(hidden, positions if self._model.uses_mrope else positions[0], ctx, rows)
         logits: Tensor = self._model.logits(hidden)
         return logits
+
+    def _ids(self, tokens: int) -> Tensor:
+        places = self._inputs.views["places"][:tokens]
+        known = self._inputs.views["ids"][:tokens].long()
+        return torch.where(places >= 0, self._newest[places.clamp(min=0)], known)
+
+    # -- replay --------------------------------------------------------------------------------------------------------
+
+    def key(self, num_rows: int, num_decode: int, num_sequences: int, num_sampled: int) -> tuple[int, int] | None:
+        """Which graph runs such a step; None when there is none."""
+        if num_rows == num_decode and num_rows <= self.decode_sizes[-1]:
+            return self.decode_sizes[bisect_left(self.decode_sizes, num_rows)], 0
+        sampled = max(num_decode, num_sampled)
+        if num_sequences - num_decode > _MAX_PROMPTS or sampled > self.sampled_sizes[-1]:
+            return None
+        if num_rows > self.token_sizes[-1]:
+            return None
+        size = self.sampled_sizes[bisect_left(self.sampled_sizes, sampled)]
+        tokens = self.token_sizes[bisect_left(self.token_sizes, max(num_rows, min(size, self.token_sizes[-1])))]
+        return (tokens, size) if (tokens, size) in self._graphs else None
+
+    def run(
+        self,
+        key: tuple[int, int],
+        step: HostStep,
+        newest: Tensor | None,
+        image_rows: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Logits float32 [S, V], valid until the next call. newest: tokens of the step before, on the device; image_rows,
+        features: as for the model's `embed`."""
+        tokens, sampled = key
+        first_prompt = sampled or tokens
+        memory, parts = self._inputs.host()
+        self._fill(parts, step)
+        if sampled:
+            self._fill_prompts(parts, step, first_prompt)
+        self._inputs.upload(memory)
+        self._upload_pages(step, first_prompt)
+        if newest is not None:
+            self._newest[: newest.shape[0]].copy_(newest)
+        if sampled:
+            self._hidden[:tokens].copy_(self._model.embed(self._ids(tokens), image_rows, features))
+        graph, logits = self._graphs[key]
+        graph.replay()
+        return logits[: len(step.sampled)]
+
+    @staticmethod
+    def _pad(parts: dict[str, np.ndarray], num_rows: int, num_sequences: int) -> None:
+        parts["ids"][num_rows:] = 0
+        parts["places"][:] = -1
+        parts["positions"][:] = 0
+        parts["slots"][num_rows:] = -1
+        parts["sampled"][:] = 0
+        parts["kv_lens"][num_sequences:] = 0
+        parts["cu_seqlens"][:] = 0
+        # the last sequence, which nobody has
+        parts["tiles"][0::2] = len(parts["kv_lens"]) - 1
+        parts["tiles"][1::2] = 0
+
+    def _fill(self, parts: dict[str, np.ndarray], step: HostStep) -> None:
+        num_rows, num_decode = len(step.ids), step.num_decode
+        self._pad(parts, num_rows, num_decode)
+        parts["ids"][:num_rows] = step.ids
+        parts["places"][:num_decode] = step.places
+        parts["positions"].reshape(3, -1)[:, :num_rows] = step.positions
+        parts["slots"][:num_rows] = step.slots
+        parts["kv_lens"][:num_decode] = step.kv_lens[:num_decode]
+        parts["sampled"][: len(step.sampled)] = step.sampled
+
+    def _fill_prompts(self, parts: dict[str, np.ndarray], step: HostStep, first_prompt: int) -> None:
+        """Prompts stand behind the places of `first_prompt` decode rows."""
+        num_decode = step.num_decode
+        q_lens, kv_lens = step.q_lens[num_decode:], step.kv_lens[num_decode:]
+        end = first_prompt + len(q_lens)
+        parts["kv_lens"][first_prompt:end] = kv_lens
+        offsets = num_decode + np.cumsum([0, *q_lens])
+        parts["cu_seqlens"][first_prompt : end + 1] = offsets
+        parts["cu_seqlens"][end + 1 :] = offsets[-1]
+        tiles = self._backend.plan_tiles(q_lens, kv_lens, self._num_heads, self._cache)
+        tiles[:, 0] += first_prompt
+        parts["tiles"][: tiles.size] = tiles.reshape(-1)
+        # padding: the sequence behind the prompts, of this graph's own size
+        parts["tiles"][tiles.size :: 2] = first_prompt + _MAX_PROMPTS
+
+    def _upload_pages(self, step: HostStep, first_prompt: int) -> None:
+        num_decode, table = step.num_decode, step.page_table
+        if len(table) > num_decode:
+            between = np.zeros((first_prompt - num_decode, table.shape[1]), dtype=np.int32)
+            table = np.concatenate([table[:num_decode], between, table[num_decode:]])
+        pages = torch.from_numpy(table).pin_memory()
+        self._page_table[: table.shape[0], : table.shape[1]].copy_(pages, non_blocking=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +23,65 @@ _SDPA_ORDER = [
 ]
 
 
-class Encoder:
-    """Runs a model's vision tower. background: beside the decoder's work, so that decoding never waits for a picture."""
+# Features of a batch that a graph is worth; a larger one keeps the device busy for longer than its launches take.
+_MAX_GRAPH_FEATURES = 4096
+_MAX_GRAPHS = 64
 
-    def __init__(self, model: nn.Module, device: torch.device, background: bool) -> None:
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    pixels: list[Tensor]
+    features: list[Tensor]
+
+
+class EncoderGraphs:
+    """CUDA graphs of the vision tower for lists of pictures whose shapes come again, captured when they do.
+
+    For a model with `static_encoder`. The memory of all graphs is one pool: they run one after the other.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
+        self._pool = torch.cuda.graph_pool_handle()
+        self._known: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
+
+    def encode(self, pixels: Sequence[Tensor], grids: Sequence[Any]) -> list[Tensor]:
+        """The model's `encode_images`; the result is valid until the next call."""
+        key = tuple((grid, *p.shape) for grid, p in zip(grids, pixels, strict=True))
+        if key not in self._known:
+            self._known[key] = None
+            if len(self._known) > _MAX_GRAPHS:
+                self._known.popitem(last=False)
+            features: list[Tensor] = self._model.encode_images(pixels, grids)
+            return features
+        self._known.move_to_end(key)
+        captured = self._known[key]
+        if captured is None:
+            captured = self._known[key] = self._capture(pixels, grids)
+        for static, new in zip(captured.pixels, pixels, strict=True):
+            static.copy_(new)
+        captured.graph.replay()
+        return captured.features
+
+    def _capture(self, pixels: Sequence[Tensor], grids: Sequence[Any]) -> _Captured:
+        static = [p.clone() for p in pixels]
+        graph = torch.cuda.CUDAGraph()
+        # the decoder's stream may go on meanwhile
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        features = self._model.encode_images(static, grids)
+        graph.capture_end()
+        return _Captured(graph, static, features)
+
+
+class Encoder:
+    """Runs a model's vision tower.
+
+    background: beside the decoder's work, so that decoding never waits for a picture. graphs: see `EncoderGraphs`.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, background: bool, graphs: bool = False) -> None:
+        self._model: Any = model
+        self._graphs = EncoderGraphs(model) if graphs and getattr(model, "static_encoder", False) else None
         self._device = device
         self._merges = not has_cross_attention(model)
         self._stream = torch.cuda.Stream(device) if background else None
@@ -38,12 +93,17 @@ class Encoder:
         or what cross-attention reads."""
         with self._context():
             on_device = [self._upload(p) for p in pixels]
-            features = self._model.encode_images(on_device, [image.grid for image in images])
+            grids = [image.grid for image in images]
+            if self._graphs is not None and sum(image.num_tokens for image in images) <= _MAX_GRAPH_FEATURES:
+                features = self._graphs.encode(on_device, grids)
+            else:
+                features = self._model.encode_images(on_device, grids)
             for image, rows in zip(images, features, strict=True):
                 if self._merges and rows.shape[0] != image.num_tokens:
                     raise ValueError(f"the encoder made {rows.shape[0]} rows for {image.num_tokens} placeholders")
-            # copies: a view would keep the whole batch alive for as long as one of its pictures is cached
-            result = [rows.clone() if len(images) > 1 else rows.contiguous() for rows in features]
+            # a view would keep the whole batch alive for as long as one of its pictures is cached, and a graph's output is
+            # overwritten
+            result = [rows.clone() if len(images) > 1 or self._graphs else rows.contiguous() for rows in features]
         if self._stream is not None:
             self._hand_over(images, result)
         return result
@@ -71,6 +131,7 @@ class Encoder:
 
     def _hand_over(self, images: Sequence[ImageRef], features: Sequence[Tensor]) -> None:
         assert self._stream is not None
+        self._running = {digest: event for digest, event in self._running.items() if not event.query()}
         done = torch.cuda.Event()
         done.record(self._stream)
         decoder = torch.cuda.current_stream(self._device)

@@ -21,7 +21,7 @@ from sightline.cache.radix import RadixCache
 from sightline.cache.vision_cache import VisionCache
 from sightline.config import EngineConfig
 from sightline.engine.core import EngineCore
-from sightline.engine.cuda_graph import DecodeGraphs
+from sightline.engine.cuda_graph import StepGraphs
 from sightline.engine.encoder import Encoder
 from sightline.engine.memory import PAGE_SIZE, max_running_requests, module_bytes, plan_memory
 from sightline.engine.peak import largest_picture, measure_peak, step_cache
@@ -81,7 +81,7 @@ def build_core(
         cache=step_cache(model.kv_spec, max_step, dtype, device),
         backend=_backend(config.attention_backend, device),
         vision_cache=VisionCache(0),
-        encoder=Encoder(model, device, background=overlap),
+        encoder=Encoder(model, device, background=overlap, graphs=overlap and not config.disable_cuda_graph),
         sampler=Sampler(model.config.vocab_size, device, config.random_seed),
         device=device,
         eos_token_ids=eos,
@@ -159,13 +159,15 @@ def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, 
 
 def _capture(
     config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, on_progress: Callable[[LoadProgress], None]
-) -> DecodeGraphs:
-    graphs = DecodeGraphs(
+) -> StepGraphs:
+    graphs = StepGraphs(
         runner.model,
         runner.cache,
         runner.backend,
         max_batch=min(config.cuda_graph_max_bs or plan.max_running_requests, plan.max_running_requests),
         max_running=plan.max_running_requests,
+        max_mixed=_MAX_MIXED_TOKENS,
+        num_heads=runner.model.config.num_attention_heads,
         max_pages=-(-plan.context_length // PAGE_SIZE),
         device=runner.device,
     )

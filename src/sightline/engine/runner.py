@@ -16,7 +16,7 @@ from sightline.attention.backend import AttentionBackend, AttentionBatch, Forwar
 from sightline.attention.cross import CrossAttentionBatch, PictureGroup
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import Sampled
-from sightline.engine.cuda_graph import DecodeGraphs
+from sightline.engine.cuda_graph import HostStep, StepGraphs
 from sightline.engine.encoder import Encoder, has_cross_attention
 from sightline.engine.pictures import views
 from sightline.engine.request import Request
@@ -41,7 +41,7 @@ class Step:
 class ModelRunner:
     """Owns the device side: model, K/V pages, attention backend, encoder, sampler. Launches without waiting.
 
-    graphs: of decode steps; they are used when a step is nothing else.
+    graphs: of the steps that have one.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ModelRunner:
         sampler: Sampler,
         device: torch.device,
         eos_token_ids: Sequence[int],
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.model: Any = model
         self.cache = cache
@@ -98,10 +98,13 @@ class ModelRunner:
         step = Step([r.request for r in rows if r.sample])
         step.serial = self.device.type == "cpu" and ends[-1] <= self.serial_rows
         with _threads(step.serial), torch.inference_mode():
-            if self._has_graph(rows, num_decode):
-                step.logits = self._replay(rows)
+            host = self._host_step(rows, num_decode, ends)
+            key = self._graph(rows, host)
+            if self.graphs is not None and key is not None:
+                logits = self.graphs.run(key, host, self._newest, *self._image_rows(rows, num_decode))
+                step.logits = logits if step.sampling else None
             else:
-                step.logits = self._launch(rows, num_decode, ends)
+                step.logits = self._launch(rows, host)
         return step
 
     def sample(self, step: Step) -> None:
@@ -121,74 +124,80 @@ class ModelRunner:
         out = step.draw.result()
         return [Sampled(t, lp) for t, lp in zip(out.token_ids, out.logprobs, strict=True)]
 
-    def _launch(self, rows: Sequence[ScheduledRow], num_decode: int, ends: Sequence[int]) -> Tensor | None:
-        """ends: where each row's tokens end among the packed ones."""
-        input_ids, positions = self._tokens(rows, num_decode)
-        image_rows, features = (None, None) if self.cross_attention else self._image_rows(rows, num_decode)
-        batch = self._attention_batch(rows, num_decode, ends)
+    def _graph(self, rows: Sequence[ScheduledRow], host: HostStep) -> tuple[int, int] | None:
+        if self.graphs is None or (self.cross_attention and any(row.request.images for row in rows)):
+            return None
+        return self.graphs.key(len(host.ids), host.num_decode, len(rows), len(host.sampled))
+
+    def _launch(self, rows: Sequence[ScheduledRow], host: HostStep) -> Tensor | None:
+        """Kernel by kernel."""
+        image_rows, features = self._image_rows(rows, host.num_decode)
+        batch = AttentionBatch(
+            cu_seqlens_q=self._to_device(np.cumsum([0, *host.q_lens]), torch.int32),
+            kv_lens=self._to_device(np.asarray(host.kv_lens), torch.int32),
+            page_table=self._to_device(host.page_table, torch.int32),
+            slot_mapping=self._to_device(host.slots, torch.int64),
+            q_lens_cpu=host.q_lens,
+            kv_lens_cpu=host.kv_lens,
+            num_decode=host.num_decode,
+        )
         self.backend.prepare(batch)
         cross = self._cross_attention_batch(rows) if self.cross_attention else None
         ctx = ForwardContext(self.backend, self.cache, batch, cross)
-        newest = [end - 1 for end, row in zip(ends, rows, strict=True) if row.sample]
-        wanted = self._to_device(np.asarray(newest), torch.int64) if len(newest) < ends[-1] else None
-        hidden = self.model.embed(input_ids, image_rows, features)
+        wanted = None
+        if len(host.sampled) < len(host.ids):
+            wanted = self._to_device(np.asarray(host.sampled), torch.int64)
+        positions = self._to_device(host.positions, torch.int64)
+        hidden = self.model.embed(self._ids(host), image_rows, features)
         hidden = self.model.forward(hidden, positions if self.model.uses_mrope else positions[0], ctx, wanted)
-        if not newest:
+        if not host.sampled:
             return None
         logits: Tensor = self.model.logits(hidden)
         return logits
 
-    # -- decode rows ---------------------------------------------------------------------------------------------------
-
-    def _has_graph(self, rows: Sequence[ScheduledRow], num_decode: int) -> bool:
-        if self.graphs is None or num_decode < len(rows) or not self.graphs.covers(num_decode):
-            return False
-        return not self.cross_attention or not any(row.request.images for row in rows)
-
-    def _replay(self, rows: Sequence[ScheduledRow]) -> Tensor:
-        assert self.graphs is not None
-        fields = np.asarray(
-            [
-                self._newest_ids(rows),
-                [row.start + row.request.position_delta for row in rows],
-                _decode_slots(rows, self.cache.page_size),
-                [row.start + 1 for row in rows],
-                self._in_flight(rows),
-            ],
-            dtype=np.int32,
-        )
-        return self.graphs.run(fields, self._page_table(rows), self._newest)
-
-    @staticmethod
-    def _newest_ids(rows: Sequence[ScheduledRow]) -> list[int]:
-        """The ids that decode rows compute; 0 where only the device knows."""
-        return [0 if r.request.num_in_flight else r.request.output_ids[-1] for r in rows]
-
-    def _in_flight(self, rows: Sequence[ScheduledRow]) -> list[int]:
-        """Where among `_newest` the ids of decode rows stand that only the device knows; -1 for the others."""
-        return [self._places[r.request] if r.request.num_in_flight else -1 for r in rows]
-
-    # -- a step's tensors ----------------------------------------------------------------------------------------------
-
-    def _tokens(self, rows: Sequence[ScheduledRow], num_decode: int) -> tuple[Tensor, Tensor]:
-        """Ids [T] and rotary positions [3, T]. A decode row is its request's newest token, behind every known position."""
-        decode = rows[:num_decode]
-        newest = np.asarray(self._newest_ids(decode), dtype=np.int64)
-        places = np.fromiter((r.start + r.request.position_delta for r in decode), np.int64, num_decode)
-        ids, positions = [newest], [np.broadcast_to(places, (3, num_decode))]
-        for row in rows[num_decode:]:
-            ids.append(row.request.ids(row.start, row.start + row.q_len))
-            positions.append(_positions(row))
-        input_ids = self._to_device(np.concatenate(ids), torch.int64)
-        if any(row.request.num_in_flight for row in decode):
+    def _ids(self, host: HostStep) -> Tensor:
+        ids = self._to_device(host.ids, torch.int64)
+        if any(place >= 0 for place in host.places):
             assert self._newest is not None
-            where = self._to_device(np.asarray(self._in_flight(decode)), torch.int64)
-            known = input_ids[:num_decode]
+            where = self._to_device(np.asarray(host.places), torch.int64)
+            known = ids[: host.num_decode]
             known.copy_(torch.where(where >= 0, self._newest[where.clamp(min=0)], known))
-        return input_ids, self._to_device(np.concatenate(positions, axis=1), torch.int64)
+        return ids
+
+    # -- a step's numbers ----------------------------------------------------------------------------------------------
+
+    def _host_step(self, rows: Sequence[ScheduledRow], num_decode: int, ends: Sequence[int]) -> HostStep:
+        """ends: where each row's tokens end among the packed ones. A decode row is its request's newest token, behind every
+        known position; in flight, its id is among `_newest`."""
+        size = self.cache.page_size
+        decode = rows[:num_decode]
+        requests = [row.request for row in decode]
+        newest = [0 if r.num_in_flight else r.output_ids[-1] for r in requests]
+        at = np.asarray([row.start + row.request.position_delta for row in decode], dtype=np.int64)
+        slots = [row.request.pages[row.start // size] * size + row.start % size for row in decode]
+        page_table = self._page_table(rows)
+        all_ids, all_slots = [np.asarray(newest, dtype=np.int64)], [np.asarray(slots, dtype=np.int64)]
+        positions = [np.broadcast_to(at, (3, num_decode))]
+        for line, row in zip(page_table[num_decode:], rows[num_decode:], strict=True):
+            p = np.arange(row.start, row.start + row.q_len)
+            all_ids.append(row.request.ids(row.start, row.start + row.q_len))
+            all_slots.append(line[p // size].astype(np.int64) * size + p % size)
+            positions.append(_positions(row))
+        return HostStep(
+            ids=np.concatenate(all_ids),
+            places=[self._places[r] if r.num_in_flight else -1 for r in requests],
+            positions=np.concatenate(positions, axis=1),
+            slots=np.concatenate(all_slots),
+            q_lens=[row.q_len for row in rows],
+            kv_lens=[row.start + row.q_len for row in rows],
+            page_table=page_table,
+            sampled=[end - 1 for end, row in zip(ends, rows, strict=True) if row.sample],
+        )
 
     def _image_rows(self, rows: Sequence[ScheduledRow], num_decode: int) -> tuple[Tensor | None, Tensor | None]:
         """Packed rows that are placeholders, and their features, for the pictures that the chunks touch."""
+        if self.cross_attention:
+            return None, None
         where: list[np.ndarray] = []
         features: list[Tensor] = []
         digests: set[bytes] = set()
@@ -228,24 +237,6 @@ class ModelRunner:
         in_order = len(index) == base and bool((index == np.arange(base)).all())
         return CrossAttentionBatch(None if in_order else self._to_device(index, torch.int64), groups)
 
-    def _attention_batch(self, rows: Sequence[ScheduledRow], num_decode: int, ends: Sequence[int]) -> AttentionBatch:
-        size = self.cache.page_size
-        kv_lens = [r.start + r.q_len for r in rows]
-        page_table = self._page_table(rows)
-        slots = [np.asarray(_decode_slots(rows[:num_decode], size), dtype=np.int64)]
-        for line, row in zip(page_table[num_decode:], rows[num_decode:], strict=True):
-            p = np.arange(row.start, row.start + row.q_len)
-            slots.append(line[p // size].astype(np.int64) * size + p % size)
-        return AttentionBatch(
-            cu_seqlens_q=self._to_device(np.asarray([0, *ends]), torch.int32),
-            kv_lens=self._to_device(np.asarray(kv_lens), torch.int32),
-            page_table=self._to_device(page_table, torch.int32),
-            slot_mapping=self._to_device(np.concatenate(slots), torch.int64),
-            q_lens_cpu=[r.q_len for r in rows],
-            kv_lens_cpu=kv_lens,
-            num_decode=num_decode,
-        )
-
     def _page_table(self, rows: Sequence[ScheduledRow]) -> np.ndarray:
         """int32 [B, P], 0 where unused."""
         used = [-(-(r.start + r.q_len) // self.cache.page_size) for r in rows]
@@ -273,11 +264,6 @@ def _threads(serial: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _decode_slots(rows: Sequence[ScheduledRow], page_size: int) -> list[int]:
-    """Where the K/V of decode rows go."""
-    return [r.request.pages[r.start // page_size] * page_size + r.start % page_size for r in rows]
 
 
 def _positions(row: ScheduledRow) -> np.ndarray:

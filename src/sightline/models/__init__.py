@@ -5,7 +5,8 @@ A model class `M(nn.Module)` named in `registry.py` provides:
     config_class                             frozen dataclass with `from_hf(config, preprocessor) -> config`, from the contents
                                              of config.json and preprocessor_config.json; strict: a missing or unsupported
                                              key that matters raises `CheckpointError` naming the key. It has the decoder's
-                                             vocab_size, hidden_size, intermediate_size and max_position_embeddings
+                                             vocab_size, hidden_size, intermediate_size, num_attention_heads and
+                                             max_position_embeddings
     M(config)                                builds on the current default device and dtype; no weights yet
     map_name(name) -> str | None             checkpoint tensor name (any released layout) -> name of its slot, None to skip;
                                              slots are parameters, but merged parameters (qkv_proj, gate_up_proj) have one
@@ -14,6 +15,8 @@ A model class `M(nn.Module)` named in `registry.py` provides:
     kv_spec -> KVSpec                        what the engine allocates per token
     encode_images(pixels, grids) -> [Tensor] pixels: list of uint8 [H, W, 3] on the device; grids: list of (t, h, w);
                                              returns one [num_tokens, hidden] tensor for each picture
+    static_encoder: bool                     whether `encode_images` does nothing on the host but launch, the same for equal
+                                             shapes and grids, so that a CUDA graph can repeat it (False if absent)
     embed(input_ids, image_rows, features)   input_ids [T]; image_rows: int64 [N] rows of T that are placeholders (None
                                              without pictures); features: [N, hidden]; asserts the counts; -> [T, hidden]
     forward(hidden, positions, ctx, rows)    hidden [T, hidden]; positions int64 [3, T] for multimodal rotary, [T] else;

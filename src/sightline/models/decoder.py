@@ -166,6 +166,11 @@ class AroundDecoder:
         return self.text.intermediate_size
 
     @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the decoder."""
+        return self.text.num_attention_heads
+
+    @property
     def max_position_embeddings(self) -> int:
         """Longest context of the release."""
         return self.text.max_position_embeddings

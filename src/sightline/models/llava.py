@@ -218,6 +218,7 @@ class LlavaForConditionalGeneration(nn.Module):
     """See the contract in `sightline.models`."""
 
     config_class = LlavaConfig
+    static_encoder = True
     uses_mrope = False
 
     def __init__(self, config: LlavaConfig) -> None:

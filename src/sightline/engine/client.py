@@ -26,7 +26,7 @@ import numpy as np
 
 from sightline.config import EngineConfig
 from sightline.engine.loop import run_engine, write_pixels
-from sightline.engine.output import OutputDelta, RequestDecoder
+from sightline.engine.output import OutputDelta, RequestDecoder, joined
 from sightline.errors import (
     DeviceError,
     EngineDeadError,
@@ -250,6 +250,7 @@ class Answer:
         self.prompt = prompt
         self.pipeline = pipeline
         self.events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+        self._following: TokenEvent | Exception | None = None
         self._engine = engine
         self._request_id = request_id
         self._decoder = RequestDecoder(pipeline.tokenizer, sampling)
@@ -260,7 +261,7 @@ class Answer:
 
     async def __anext__(self) -> OutputDelta:
         while not self._decoder.done:
-            event = await self.events.get()
+            event = await self._next_event()
             if isinstance(event, Exception):
                 raise event
             delta = self._decoder.push(event)
@@ -269,6 +270,18 @@ class Answer:
             if delta is not None:
                 return delta
         raise StopAsyncIteration
+
+    async def _next_event(self) -> TokenEvent | Exception:
+        """All tokens of a choice that have come meanwhile, as one event: who falls behind writes fewer, longer chunks."""
+        event = self._following or await self.events.get()
+        self._following = None
+        while isinstance(event, TokenEvent) and event.finish_reason is None and not self.events.empty():
+            following = self.events.get_nowait()
+            if isinstance(following, Exception) or following.index != event.index:
+                self._following = following
+                break
+            event = joined(event, following)
+        return event
 
     def close(self) -> None:
         """Forget the request, and abort it if it still runs. Safe to call twice."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from sightline.errors import EngineError
 from sightline.prompt.detokenizer import Detokenizer
 from sightline.prompt.tokenizer import Tokenizer
@@ -62,6 +64,14 @@ class RequestOutput:
         out.finish_reason = delta.finish_reason or out.finish_reason
         out.stop_reason = delta.stop_reason
         self.num_cached_tokens = delta.num_cached_tokens if delta.index == 0 else self.num_cached_tokens
+
+
+def joined(event: TokenEvent, following: TokenEvent) -> TokenEvent:
+    """Two consecutive events of one choice as one; only the second may end it."""
+    logprobs = None
+    if event.logprobs is not None or following.logprobs is not None:
+        logprobs = (event.logprobs or []) + (following.logprobs or [])
+    return msgspec.structs.replace(following, token_ids=event.token_ids + following.token_ids, logprobs=logprobs)
 
 
 class RequestDecoder:

@@ -11,7 +11,7 @@ from typing import Any
 import requests
 
 from tests.server.conformance import PICTURE_TOKENS, PNG, WORKS, Api, accepted, refused, row
-from tests.server.conftest import ask, image_part, picture
+from tests.server.conftest import ask, data_url, image_part, picture
 
 COMPLETIONS, RESPONSES, EVENTS = "Completions", "Responses", "Responses: stream"
 MODELS, TOKENS, GENERATE, CONTROL = "Models", "Token counts", "SGLang: /generate", "SGLang: control and information"
@@ -110,7 +110,8 @@ def _(api: Api) -> None:
     items = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]}]
     for value in ("hello", items, [{"role": "user", "content": "hello"}]):
         assert api.respond(input=value)["output"][0]["content"][0]["text"] == text
-    api.refused("input", AT_RESPONSES, input=[])
+    for value in ([], ""):
+        api.refused("input", AT_RESPONSES, input=value)
     api.refused("input[0].role", AT_RESPONSES, input=[{"role": "bob", "content": "x"}])
 
 
@@ -304,6 +305,7 @@ def _(api: Api) -> None:
     assert one["count"] == len(one["tokens"]) == len(one["token_strs"])
     many = api.ok("/v1/tokenize", prompt=["hello", "a b"])
     assert many["count"] == [len(ids) for ids in many["tokens"]]
+    assert api.ok("/tokenize", prompt="")["tokens"] == []
     api.refused("prompt", "/tokenize", prompt=[])
     api.refused("prompt", "/tokenize", prompt="x", messages=ask("x"))
 
@@ -361,10 +363,19 @@ def _(api: Api) -> None:
     api.refused("image_data", "/generate", text=["a", "b"], image_data=[PNG])
 
 
-@row(GENERATE, "image_data, a path or file: URL", "refused", "the server's files are nobody's pictures")
+@row(
+    GENERATE,
+    "image_data, a path or file: URL, or a damaged picture",
+    "refused",
+    "the server's files are nobody's pictures",
+)
 def _(api: Api) -> None:
     for value in ("/etc/passwd", "picture.png", "../secret.jpg"):
         api.refused("image_data[0]", "/generate", code="invalid_image_url", text="x", image_data=value)
+    cut = data_url(picture(1)[:500])
+    api.refused("image_data[1]", "/generate", code="image_parse_error", text="x", image_data=[PNG, cut])
+    many = {"text": ["a", "b"], "image_data": [[PNG], [PNG, cut]]}
+    api.refused("image_data[1][1]", "/generate", code="image_parse_error", **many)
     api.refused("image_data[0]", "/generate", 403, "invalid_image_url", text="x", image_data="file:///etc/passwd")
 
 
@@ -378,6 +389,7 @@ def _(api: Api) -> None:
     assert [len(answer["output_ids"]) for answer in many] == [1, 2]
     api.refused("sampling_params.max_new_tokens", "/generate", text="x", sampling_params={"max_new_tokens": 0})
     api.refused("sampling_params", "/generate", text=["a", "b"], sampling_params=[{}])
+    api.refused("sampling_params.stop_regex", "/generate", text="x", sampling_params={"stop_regex": "a"})
 
 
 @row(GENERATE, "meta_info", WORKS, "id, finish_reason {type, matched or length}, token counts, e2e_latency")

@@ -213,29 +213,31 @@ class PromptPipeline:
         *,
         salt: bytes = b"",
         trusted: bool = True,
-        add_bos: bool = True,
         limits: PixelLimits = PixelLimits(),
+        images_param: str = "images",
     ) -> Prompt:
         """A raw prompt. Its i-th placeholder token is the i-th picture; without placeholders, pictures come first.
 
-        trusted: special tokens written in the prompt count as such. add_bos: begin text as the checkpoint's tokenizer does.
+        trusted: special tokens written in the prompt count as such. images_param: what errors call the pictures.
         """
-        sources = [_Source(image, limits, f"images[{i}]") for i, image in enumerate(images)]
+        sources = [_Source(image, limits, f"{images_param}[{i}]") for i, image in enumerate(images)]
         pictures = await self._identify(sources, salt)
 
         def build() -> Prompt:
-            if isinstance(prompt, str):
-                self._check_length(prompt, "prompt")
-                ids = self.tokenizer.encode_trusted(prompt) if trusted else self.tokenizer.encode(prompt)
-            else:
-                ids = list(prompt)
+            ids = self.encode(prompt, trusted=trusted, add_bos=False) if isinstance(prompt, str) else list(prompt)
             if pictures and self.processor is not None and self.processor.image_token_id not in ids:
                 ids = [self.processor.image_token_id] * len(pictures) + ids
-            if isinstance(prompt, str) and add_bos and ids:
+            if isinstance(prompt, str) and ids:
                 ids = self._with_bos(ids)
             return self._expand(ids, pictures, "prompt")
 
         return await asyncio.to_thread(build)
+
+    def encode(self, text: str, *, trusted: bool = True, add_bos: bool = True) -> list[int]:
+        """Ids of a raw prompt, begun as the checkpoint's tokenizer begins texts. Raises `ContextLengthError` when hopeless."""
+        self._check_length(text, "prompt")
+        ids = self.tokenizer.encode_trusted(text) if trusted else self.tokenizer.encode(text)
+        return self._with_bos(ids) if add_bos else ids
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse text that is too long whatever its tokens are, before tokenising it."""

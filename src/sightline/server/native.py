@@ -17,7 +17,7 @@ from sightline.engine.output import CompletionOutput, RequestOutput
 from sightline.errors import ImageError, RequestError
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.processor import PixelLimits
-from sightline.server.exchange import Exchange, check_ids, wire_logprob
+from sightline.server.exchange import Exchange, check_ids, renamed, wire_logprob
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import Body, SamplingFields, ranged
 from sightline.types import FinishReason, TokenLogprob
@@ -94,8 +94,9 @@ class GenerateRequest(Body):
         many = self.sampling_params
         if isinstance(many, list) and len(many) != len(self.each_prompt):
             raise RequestError("sampling_params must be one object or one for each prompt.", param="sampling_params")
-        for each in many if isinstance(many, list) else [many] if many else []:
-            each.check()
+        with renamed(lambda param: f"sampling_params.{param}"):
+            for each in many if isinstance(many, list) else [many] if many else []:
+                each.check()
 
     @property
     def prompt_field(self) -> str:
@@ -140,7 +141,14 @@ class GenerateRequest(Body):
                 f"image_data has {len(groups)} entries for {count} prompts; send one for each.", param="image_data"
             )
         lists = [group if isinstance(group, list) else [group] * (group is not None) for group in groups]
-        return [[_url(image, f"image_data[{i}]") for image in images] for i, images in enumerate(lists)]
+        return [
+            [_url(image, f"{self.images_field(i)}[{j}]") for j, image in enumerate(images)]
+            for i, images in enumerate(lists)
+        ]
+
+    def images_field(self, i: int) -> str:
+        """What errors call the pictures of prompt i."""
+        return f"image_data[{i}]" if self.is_batch else "image_data"
 
 
 def _url(image: Any, param: str) -> str:
@@ -188,15 +196,13 @@ class _Generate(Exchange):
     async def prompts(self) -> list[Prompt]:
         several = "multi-images" in (self.request.modalities or ())
         limits = PixelLimits(single=True) if several else PixelLimits()
-        text = self.lifecycle.pipeline.text
-        pairs = zip(self.request.each_prompt, self.images, strict=True)
-        return await asyncio.gather(*(text(prompt, images, limits=limits) for prompt, images in pairs))
+        text, names = self.lifecycle.pipeline.text, map(self.request.images_field, range(len(self.images)))
+        triples = zip(self.request.each_prompt, self.images, names, strict=True)
+        return await asyncio.gather(*(text(p, images, limits=limits, images_param=name) for p, images, name in triples))
 
     def rename(self, param: str) -> str:
-        """Pictures and prompts have SGLang's names."""
-        names = {"images": "image_data", "prompt": self.request.prompt_field}
-        head, bracket, rest = param.partition("[")
-        return names.get(head, head) + bracket + rest
+        """The prompt has the name of its field."""
+        return self.request.prompt_field if param == "prompt" else param
 
     def body(self, outputs: list[RequestOutput]) -> Any:
         """One object, or a list of them for several prompts or answers."""

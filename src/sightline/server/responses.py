@@ -6,7 +6,7 @@ import itertools
 import re
 import uuid
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
@@ -56,6 +56,8 @@ class TextOptions(BaseModel):
 
 class ResponsesRequest(SamplingFields):
     """Body of POST /v1/responses."""
+
+    refused: ClassVar = {**SamplingFields.refused, "tools": ([],)}
 
     input: str | list[dict[str, Any]]
     model: str | None = None
@@ -126,6 +128,8 @@ class ResponsesRequest(SamplingFields):
             messages.append({"role": "system", "content": self.instructions})
             origins.append("instructions")
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        if not self.input:
+            raise RequestError("input is empty.", param="input", code="empty_array")
         for i, item in enumerate(items):
             where = "input" if isinstance(self.input, str) else f"input[{i}]"
             message = _message(item, where)
@@ -140,7 +144,7 @@ class ResponsesRequest(SamplingFields):
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     """A message of a chat; None for an item that says nothing to these models."""
-    kind = item.get("type", "message")
+    kind = item.get("type") or "message"
     if kind == "reasoning":
         return None
     if kind != "message":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from sightline.errors import RequestError
-from sightline.prompt.pipeline import Prompt
 from sightline.server.chat import chat_prompt
 from sightline.server.exchange import check_ids, check_model
 from sightline.server.lifecycle import Lifecycle
@@ -55,35 +54,42 @@ async def tokenize(request: Request) -> Response:
     check_model(lifecycle, body.model)
     with lifecycle.admit():
         try:
-            prompts = await until_client_goes(request.receive, _prompts(lifecycle, body))
+            counted = await until_client_goes(request.receive, _counted(lifecycle, body))
         except ClientGone:
             return Response(status_code=499)
-    return JSONResponse(_counted(lifecycle, prompts, body))
+    return JSONResponse(_answer(lifecycle, counted, body))
 
 
-async def _prompts(lifecycle: Lifecycle, body: TokenizeRequest) -> list[Prompt]:
+class _Counted(NamedTuple):
+    ids: list[int]
+    num_image: int
+
+
+async def _counted(lifecycle: Lifecycle, body: TokenizeRequest) -> list[_Counted]:
     if body.prompt is None:
-        return [await chat_prompt(lifecycle, body)]
+        prompt = await chat_prompt(lifecycle, body)
+        return [_Counted(prompt.input_ids.tolist(), prompt.num_image_tokens)]
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     add_bos = body.add_special_tokens is not False
-    return await asyncio.gather(*(lifecycle.pipeline.text(text, add_bos=add_bos) for text in texts))
+    encode = lifecycle.pipeline.encode
+    return await asyncio.to_thread(lambda: [_Counted(encode(text, add_bos=add_bos), 0) for text in texts])
 
 
-def _counted(lifecycle: Lifecycle, prompts: list[Prompt], body: TokenizeRequest) -> dict[str, Any]:
+def _answer(lifecycle: Lifecycle, counted: list[_Counted], body: TokenizeRequest) -> dict[str, Any]:
     """SGLang's lists for a list of prompts, vLLM's form with the pictures' share for one."""
-    ids = [prompt.input_ids.tolist() for prompt in prompts]
     to_token = lifecycle.pipeline.tokenizer.id_to_token
-    strings = [list(map(to_token, each)) for each in ids] if body.return_token_strs else [None] * len(ids)
+    strings = [list(map(to_token, each.ids)) if body.return_token_strs else None for each in counted]
     length = lifecycle.pipeline.context_length
     if isinstance(body.prompt, list):
-        counts = [len(each) for each in ids]
-        return {"count": counts, "max_model_len": length, "tokens": ids, "token_strs": strings}
+        ids = [each.ids for each in counted]
+        return {"count": list(map(len, ids)), "max_model_len": length, "tokens": ids, "token_strs": strings}
+    (only,) = counted
     return {
-        "count": len(ids[0]),
+        "count": len(only.ids),
         "max_model_len": length,
-        "tokens": ids[0],
+        "tokens": only.ids,
         "token_strs": strings[0],
-        "image_tokens": prompts[0].num_image_tokens,
+        "image_tokens": only.num_image,
     }
 
 

@@ -11,12 +11,15 @@ import io
 import json
 import os
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
 import psutil
 import pytest
 
+from sightline import demo
 from tests import oracle, tiny
 from tests.servers import ServerProcess
 
@@ -154,8 +157,9 @@ def check(got: Answer | None, lone: Answer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_hundred_clients_on_a_small_pool():
-    with ServerProcess(["--model-path", str(tiny.qwen2_vl()), *ARGS]) as server:
+@pytest.mark.parametrize("model", [tiny.qwen2_vl, demo.model_path], ids=["random", "bundled"])
+def test_two_hundred_clients_on_a_small_pool(model: Callable[[], Path]):
+    with ServerProcess(["--model-path", str(model()), *ARGS]) as server:
         server.wait_ready()
         url = server.base_url
         lone = asyncio.run(alone(url))

@@ -12,7 +12,7 @@ _USAGE = """usage: sightline COMMAND [flags]
 
   serve [MODEL]               start the server; without a model, the bundled sightline-tiny
   ask PICTURE... "QUESTION"   one answer in the terminal, without a server
-  bench serve|compare         measure a running server, or this machine beside transformers
+  bench serve|offline|compare measure a running server, the engine alone, or this machine beside transformers
   models [FOLDER]             list what can be served; say what a checkpoint is and whether it fits this machine
   doctor [--selftest]         say what this machine has; prove the installation with the bundled model
   version                     print the version

@@ -6,16 +6,20 @@ import base64
 import io
 import json
 import math
+import random
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
 from sightline.bench import main, serving
+from sightline.bench.plot import distributions
 from sightline.bench.report import percentile, summarize, table
 
 STEP = 0.02
@@ -135,6 +139,67 @@ def test_the_requests_are_what_was_asked_for(stand_in: StandIn, capsys: pytest.C
             sizes.append(Image.open(io.BytesIO(base64.b64decode(data))).size)
         assert sorted(sizes) == [(30, 90), (64, 48)]
     assert len(pictures) == 8, "every picture is another one"
+
+
+def test_requests_come_at_their_rate_whether_or_not_others_are_answered(
+    stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--request-rate", "400", "--num-requests", "40", "--warmup", "0", "--concurrency", "1")
+    code, result = measure(stand_in, capsys, *flags)
+    assert (code, result["completed"]) == (0, 40)
+    assert stand_in.most > 5, "no request waits for another's answer"
+    slow = ("--request-rate", "20", "--num-requests", "6", "--warmup", "0")
+    code, result = measure(stand_in, capsys, *slow)
+    rng = random.Random("0-arrivals")
+    last = sum(rng.expovariate(20) for _ in range(6))
+    assert result["duration_seconds"] >= last
+    assert main(["serve", "--base-url", stand_in.base_url, "--request-rate", "0"]) == 2
+
+
+def test_times_between_tokens(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three tokens have two gaps; the mean per token is that of a request, the latency of a pair of chunks."""
+    _, result = measure(stand_in, capsys, "--num-requests", "5", "--warmup", "0", "--concurrency", "1")
+    assert result["inter_token_latency_ms"]["count"] == 10
+    assert result["time_per_output_token_ms"]["count"] == 5
+    outcome = serving.Outcome(started=0.0, times=[0.5, 0.6, 0.9], latency=1.0, output_tokens=3)
+    assert outcome.ttft == 0.5
+    assert outcome.tpot == pytest.approx(0.2)
+    gaps = serving.measurements([outcome])["inter-token latency, ms"]
+    assert gaps == pytest.approx([100, 300])
+    assert serving.Outcome(started=0.0, times=[0.5], output_tokens=1).tpot is None
+
+
+def test_goodput_counts_requests_within_all_bounds(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--num-requests", "4", "--warmup", "0")
+    _, result = measure(stand_in, capsys, *flags, "--goodput", "ttft=10000", "latency=10000")
+    assert result["goodput"] == pytest.approx(result["request_throughput"])
+    _, result = measure(stand_in, capsys, *flags, "--goodput", "ttft=10000", f"tpot={1e3 * STEP / 2}")
+    assert result["goodput"] == 0
+    _, result = measure(stand_in, capsys, *flags)
+    assert result["goodput"] is None
+    with pytest.raises(SystemExit):
+        main(["serve", "--goodput", "speed=3"])
+    assert "ttft=MS" in capsys.readouterr().err
+
+
+def test_counts_of_pictures_take_turns() -> None:
+    load = serving.Load(images_per_request=(0, 2, 1), image_sizes=((64, 48),))
+    counts = [len(json.loads(serving.make_body(load, "m", i))["messages"][0]["content"]) - 1 for i in range(6)]
+    assert counts == [0, 2, 1, 0, 2, 1]
+
+
+def test_the_plot_is_a_drawing_of_the_times(
+    stand_in: StandIn, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "times.svg"
+    _, result = measure(stand_in, capsys, "--num-requests", "5", "--warmup", "0", "--plot", str(path))
+    root = ElementTree.parse(path).getroot()
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) == 4
+    for name in ("time_to_first_token_ms", "inter_token_latency_ms", "request_latency_ms"):
+        assert any(text.startswith(f"p50 {result[name]['p50']:.1f}") for text in texts), name
+    assert "<script" not in distributions("<script>", {"a": [1.0]})
+    assert distributions("empty", {"a": []}).count("polyline") == 0
 
 
 def test_shared_pictures_are_the_same_in_every_request() -> None:

@@ -1,4 +1,4 @@
-"""Measurements: `sightline bench serve` puts load on a server, `sightline bench compare` runs beside transformers."""
+"""Measurements: `sightline bench serve` puts load on a server, `offline` on an engine, `compare` runs beside transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "serve": ("sightline.bench.serving", "put load on a running server and report latencies and throughput"),
+    "offline": ("sightline.bench.offline", "measure the engine without a server"),
     "compare": ("sightline.bench.compare", "measure sightline beside transformers generate, in one run"),
 }
 

@@ -1,8 +1,9 @@
 """Load on a running server over HTTP: `sightline bench serve --base-url http://127.0.0.1:8000`.
 
-A closed loop: `concurrency` clients each send a request, read its stream to the end and send the next. Works against
-any server with OpenAI's chat completions. Pictures are made before the clock starts; by default every request has its
-own, so that no cache of the server can answer for it.
+A closed loop: `concurrency` clients each send a request, read its stream to the end and send the next. With a request rate an
+open one: requests come at random times (Poisson) whether or not earlier ones are answered. Works against any server with
+OpenAI's chat completions. Pictures are made before the clock starts; by default every request has its own, so that no cache of the
+server can answer for it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sightline.bench.plot import distributions
 from sightline.bench.report import Summary, environment, summarize, table
 
 
@@ -36,11 +39,12 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     api_key: str | None = None
     concurrency: int = 8
+    request_rate: float | None = None
     num_requests: int = 64
     warmup: int = 2
     max_tokens: int = 32
     ignore_eos: bool = False
-    images_per_request: int = 1
+    images_per_request: tuple[int, ...] = (1,)
     image_sizes: tuple[tuple[int, int], ...] = ((448, 448),)
     image_format: str = "jpeg"
     shared_images: bool = False
@@ -48,13 +52,15 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 0.0
     timeout: float = 600.0
     seed: int = 0
+    goodput: dict[str, float] = {}
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """One request as its client saw it; seconds. `error` is None for a complete answer."""
+    """One request as its client saw it; seconds. `error` is None for a complete answer. times: of the chunks with text, from the
+    request's start; a chunk has one token, or the few that end a character together."""
 
     started: float
-    ttft: float | None = None
+    times: list[float] = []
     latency: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -63,11 +69,19 @@ class Outcome(msgspec.Struct, kw_only=True):
     error: str | None = None
 
     @property
-    def inter_token(self) -> float | None:
-        """Mean seconds between tokens after the first."""
-        if self.error is not None or self.ttft is None or self.output_tokens < 2:
-            return None
-        return (self.latency - self.ttft) / (self.output_tokens - 1)
+    def ttft(self) -> float | None:
+        """Seconds to the first text."""
+        return self.times[0] if self.times else None
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean seconds of a token after the first."""
+        return (self.times[-1] - self.times[0]) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    def meets(self, goodput: dict[str, float]) -> bool:
+        """Whether none of its times is above the bound for it, in milliseconds."""
+        times = {"ttft": self.ttft, "tpot": self.tpot, "latency": self.latency}
+        return all(1e3 * (times[name] or 0.0) <= bound for name, bound in goodput.items())
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -85,7 +99,9 @@ class Result(msgspec.Struct, kw_only=True):
     request_throughput: float
     output_token_throughput: float
     total_token_throughput: float
+    goodput: float | None
     time_to_first_token_ms: Summary | None
+    time_per_output_token_ms: Summary | None
     inter_token_latency_ms: Summary | None
     request_latency_ms: Summary | None
 
@@ -99,13 +115,19 @@ def make_picture(rng: random.Random, size: tuple[int, int], format: str) -> str:
     return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def make_body(load: Load, model: str, index: int, purpose: str = "load") -> bytes:
-    """The JSON of request `index`. The same load, index and purpose give the same bytes."""
+def data_pictures(load: Load, index: int, purpose: str) -> list[str]:
+    """The pictures of request `index`, as data URLs."""
     seed = "shared" if load.shared_images else f"{purpose}-{index}"
     rng = random.Random(f"{load.seed}-{seed}")
-    sizes = [load.image_sizes[(index + i) % len(load.image_sizes)] for i in range(load.images_per_request)]
+    count = load.images_per_request[index % len(load.images_per_request)]
+    sizes = [load.image_sizes[(index + i) % len(load.image_sizes)] for i in range(count)]
+    return [make_picture(rng, size, load.image_format) for size in sizes]
+
+
+def make_body(load: Load, model: str, index: int, purpose: str = "load") -> bytes:
+    """The JSON of request `index`. The same load, index and purpose give the same bytes."""
     content: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": make_picture(rng, size, load.image_format)}} for size in sizes
+        {"type": "image_url", "image_url": {"url": url}} for url in data_pictures(load, index, purpose)
     ]
     body: dict[str, Any] = {
         "model": model,
@@ -149,8 +171,7 @@ def _take(outcome: Outcome, chunk: dict[str, Any]) -> None:
         outcome.error = f"in the stream: {error.get('message', error)}"
     for choice in chunk.get("choices") or []:
         if text := choice.get("delta", {}).get("content"):
-            if outcome.ttft is None:
-                outcome.ttft = time.perf_counter() - outcome.started
+            outcome.times.append(time.perf_counter() - outcome.started)
             outcome.text += text
     if usage := chunk.get("usage"):
         outcome.prompt_tokens = usage.get("prompt_tokens", 0)
@@ -192,7 +213,8 @@ def progress(total: int, quiet: bool) -> Iterator[Any]:
 async def run(load: Load, *, quiet: bool = False) -> tuple[Result, list[Outcome]]:
     """Put the load on the server. Returns the summary and every request's outcome, in the order of their indices."""
     headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}
-    limits = httpx2.Limits(max_connections=load.concurrency, max_keepalive_connections=load.concurrency)
+    most = load.concurrency if load.request_rate is None else None
+    limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
     async with httpx2.AsyncClient(
         base_url=load.base_url, headers=headers, limits=limits, timeout=load.timeout, trust_env=False
     ) as client:
@@ -202,20 +224,37 @@ async def run(load: Load, *, quiet: bool = False) -> tuple[Result, list[Outcome]
             warm = await send(client, make_body(load, model, i, "warmup"))
             if warm.error is not None:
                 raise ServingError(f"the warm-up request failed: {warm.error}")
-        outcomes: list[Outcome | None] = [None] * load.num_requests
-        indices = iter(range(load.num_requests))
+        began = time.perf_counter()
         with progress(load.num_requests, quiet) as count:
-
-            async def worker() -> None:
-                for index in indices:
-                    outcomes[index] = await send(client, bodies[index])
-                    count()
-
-            began = time.perf_counter()
-            await asyncio.gather(*(worker() for _ in range(min(load.concurrency, load.num_requests))))
-            duration = time.perf_counter() - began
-    finished = [outcome for outcome in outcomes if outcome is not None]
+            finished = await _drive(load, client, bodies, count)
+        duration = time.perf_counter() - began
     return summarize_run(load, finished, duration), finished
+
+
+async def _drive(
+    load: Load, client: httpx2.AsyncClient, bodies: list[bytes], count: Callable[[], None]
+) -> list[Outcome]:
+    """Send every body when its turn comes; outcomes in their order."""
+    outcomes: dict[int, Outcome] = {}
+
+    async def one(index: int, delay: float = 0.0) -> None:
+        await asyncio.sleep(delay)
+        outcomes[index] = await send(client, bodies[index])
+        count()
+
+    if load.request_rate is None:
+        indices = iter(range(len(bodies)))
+
+        async def worker() -> None:
+            for index in indices:
+                await one(index)
+
+        await asyncio.gather(*(worker() for _ in range(min(load.concurrency, len(bodies)))))
+    else:
+        rng = random.Random(f"{load.seed}-arrivals")
+        due = itertools.accumulate(rng.expovariate(load.request_rate) for _ in bodies)
+        await asyncio.gather(*(one(index, delay) for index, delay in enumerate(due)))
+    return [outcomes[index] for index in range(len(bodies))]
 
 
 class ServingError(Exception):
@@ -236,6 +275,7 @@ def summarize_run(load: Load, outcomes: list[Outcome], duration: float) -> Resul
     good = [o for o in outcomes if o.error is None]
     output = sum(o.output_tokens for o in good)
     prompt = sum(o.prompt_tokens for o in good)
+    measured = measurements(outcomes)
     return Result(
         load=msgspec.structs.replace(load, api_key=None),
         environment=environment(("sightline",)),
@@ -249,21 +289,41 @@ def summarize_run(load: Load, outcomes: list[Outcome], duration: float) -> Resul
         request_throughput=len(good) / duration,
         output_token_throughput=output / duration,
         total_token_throughput=(output + prompt) / duration,
-        time_to_first_token_ms=summarize([1e3 * o.ttft for o in good if o.ttft is not None]),
-        inter_token_latency_ms=summarize([1e3 * o.inter_token for o in good if o.inter_token is not None]),
-        request_latency_ms=summarize([1e3 * o.latency for o in good]),
+        goodput=sum(o.meets(load.goodput) for o in good) / duration if load.goodput else None,
+        time_to_first_token_ms=summarize(measured["time to first token, ms"]),
+        time_per_output_token_ms=summarize(measured["time per output token, ms"]),
+        inter_token_latency_ms=summarize(measured["inter-token latency, ms"]),
+        request_latency_ms=summarize(measured["request latency, ms"]),
     )
+
+
+def measurements(outcomes: list[Outcome]) -> dict[str, list[float]]:
+    """Milliseconds of the complete answers: one per request, and one per pair of chunks for the inter-token latency."""
+    good = [o for o in outcomes if o.error is None]
+    return {
+        "time to first token, ms": [1e3 * o.ttft for o in good if o.ttft is not None],
+        "time per output token, ms": [1e3 * o.tpot for o in good if o.tpot is not None],
+        "inter-token latency, ms": [1e3 * (b - a) for o in good for a, b in itertools.pairwise(o.times)],
+        "request latency, ms": [1e3 * o.latency for o in good],
+    }
 
 
 def describe(result: Result) -> str:
     """The result for a person to read."""
     load = result.load
-    sizes = ", ".join(f"{w}x{h}" for w, h in load.image_sizes) if load.images_per_request else "no pictures"
+    sizes = ", ".join(f"{w}x{h}" for w, h in load.image_sizes) if any(load.images_per_request) else "no pictures"
+    counts = "/".join(map(str, load.images_per_request))
+    pace = f"{load.concurrency} at a time" if load.request_rate is None else f"{load.request_rate:g} a second"
     lines = [
-        f"{result.completed} requests of {load.images_per_request} picture(s) ({sizes}), {load.concurrency} at a time, "
+        f"{result.completed} requests of {counts} picture(s) ({sizes}), {pace}, "
         f"in {result.duration_seconds:.2f} s; {result.failed} failed",
         "",
         f"requests/s       {result.request_throughput:10.2f}",
+        *(
+            [f"goodput, req/s   {result.goodput:10.2f}  ({_bounds(load.goodput)})"]
+            if result.goodput is not None
+            else []
+        ),
         f"output tokens/s  {result.output_token_throughput:10.1f}",
         f"all tokens/s     {result.total_token_throughput:10.1f}",
         f"prompt tokens    {result.prompt_tokens:10d}  ({result.cached_tokens} from the prefix cache)",
@@ -274,6 +334,7 @@ def describe(result: Result) -> str:
         (name, *(f"{value:.1f}" for value in (s.mean, s.p50, s.p90, s.p99, s.max)))
         for name, s in (
             ("time to first token, ms", result.time_to_first_token_ms),
+            ("time per output token, ms", result.time_per_output_token_ms),
             ("inter-token latency, ms", result.inter_token_latency_ms),
             ("request latency, ms", result.request_latency_ms),
         )
@@ -284,7 +345,22 @@ def describe(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _size(text: str) -> tuple[int, int]:
+def _bounds(goodput: dict[str, float]) -> str:
+    return ", ".join(f"{name} <= {bound:g} ms" for name, bound in goodput.items())
+
+
+def _bound(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        bound = float(value)
+    except ValueError:
+        bound = -1.0
+    if name not in ("ttft", "tpot", "latency") or bound <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ttft=MS, tpot=MS or latency=MS")
+    return name, bound
+
+
+def size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
@@ -299,18 +375,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="default: the server's first")
     p.add_argument("--api-key")
     p.add_argument("--concurrency", type=int, default=d.concurrency, help="clients at once (default: %(default)s)")
+    p.add_argument("--request-rate", type=float, help="requests a second at random times, instead of clients that wait")
     p.add_argument("--num-requests", type=int, default=d.num_requests, help="default: %(default)s")
     p.add_argument("--warmup", type=int, default=d.warmup, help="requests before the clock starts (%(default)s)")
     p.add_argument("--max-tokens", type=int, default=d.max_tokens, help="per answer (default: %(default)s)")
     p.add_argument("--ignore-eos", action="store_true", help="make every answer max-tokens long (an extension)")
-    p.add_argument("--images-per-request", type=int, default=d.images_per_request, help="default: %(default)s")
-    p.add_argument("--image-sizes", type=_size, nargs="+", default=list(d.image_sizes), metavar="WxH", help="in turn")
+    p.add_argument("--images-per-request", type=int, nargs="+", default=[1], metavar="N", help="in turn (default: 1)")
+    p.add_argument("--image-sizes", type=size, nargs="+", default=list(d.image_sizes), metavar="WxH", help="in turn")
     p.add_argument("--image-format", choices=("jpeg", "png", "webp"), default=d.image_format)
     p.add_argument("--shared-images", action="store_true", help="the same pictures in every request: caches may help")
     p.add_argument("--question", default=d.question)
     p.add_argument("--temperature", type=float, default=d.temperature)
     p.add_argument("--timeout", type=float, default=d.timeout, help="seconds per request (default: %(default)s)")
     p.add_argument("--seed", type=int, default=d.seed)
+    p.add_argument("--goodput", type=_bound, nargs="+", default=[], metavar="NAME=MS",
+                   help="count requests within bounds: ttft=, tpot= (mean per token after the first), latency=")  # fmt: skip
+    p.add_argument("--plot", metavar="FILE.svg", help="draw the distributions of the times")
     p.add_argument("--json", metavar="FILE", help="write the result as JSON too; - for standard output alone")
     return p
 
@@ -318,13 +398,19 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when every request was answered, 1 otherwise."""
     arguments = vars(parser().parse_args(argv))
-    target = arguments.pop("json")
-    arguments["image_sizes"] = tuple(arguments["image_sizes"])
+    target, drawing = arguments.pop("json"), arguments.pop("plot")
+    arguments |= {name: tuple(arguments[name]) for name in ("image_sizes", "images_per_request")}
+    arguments["goodput"] = dict(arguments["goodput"])
+    if arguments["request_rate"] is not None and arguments["request_rate"] <= 0:
+        print("sightline bench serve: --request-rate must be above 0", file=sys.stderr)
+        return 2
     try:
-        result, _ = asyncio.run(run(Load(**arguments), quiet=target == "-"))
+        result, outcomes = asyncio.run(run(Load(**arguments), quiet=target == "-"))
     except ServingError as error:
         print(f"sightline bench serve: {error}", file=sys.stderr)
         return 1
+    if drawing:
+        Path(drawing).write_text(distributions(describe(result).partition("\n")[0], measurements(outcomes)))
     encoded = msgspec.json.format(msgspec.json.encode(result))
     if target == "-":
         print(encoded.decode())

@@ -92,15 +92,22 @@ def test_every_route_is_described(document: dict[str, Any]) -> None:
     assert len(examples(document)) >= 10
 
 
-def test_every_example_runs(server: str) -> None:
-    """With the bundled model: the picture of the example is described as it is."""
-    found = examples(requests.get(f"{server}/openapi.json", timeout=10).json())
-    for path, body in found.items():
-        response = requests.post(server + path, json=body, timeout=60)
-        assert response.status_code == 200, f"{path}: {response.text}"
-        if path == "/v1/chat/completions":
-            assert re.search(r"circle|square|triangle", response.json()["choices"][0]["message"]["content"])
-    assert "data:image/png;base64," in str(found["/v1/chat/completions"])
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o.body], ids=lambda operation: operation.label)
+def test_every_example_runs(operation: Any, server: str) -> None:
+    """With the bundled model, whole and streamed, and the answers are as described."""
+    body = examples(described())[operation.path]
+    for stream in (False, True):
+        case = operation.Case(body={**body, "stream": stream}, media_type="application/json")
+        response = case.call(base_url=server, timeout=60)
+        assert response.status_code == 200, response.text
+        case.validate_response(response, excluded_checks=EXCLUDED)
+
+
+def test_the_example_of_a_picture_is_answered(server: str) -> None:
+    body = examples(requests.get(f"{server}/openapi.json", timeout=10).json())["/v1/chat/completions"]
+    assert "data:image/png;base64," in str(body)
+    answer = requests.post(f"{server}/v1/chat/completions", json=body, timeout=60).json()
+    assert re.search(r"circle|square|triangle", answer["choices"][0]["message"]["content"])
 
 
 def test_the_page_needs_no_network_and_no_key() -> None:

@@ -68,6 +68,7 @@ _USAGE = _object(
     }
 )
 _HEAD = {"id": _TEXT, "created": _COUNT, "model": _TEXT}
+_EVENT = {**_object({"data": _TEXT}, {"event": _TEXT}), "description": "One server-sent event, with stream: true."}
 _STOP_REASON = {"stop_reason": _either(_TEXT, _COUNT, _NULL)}
 
 _PARTS = {
@@ -247,5 +248,5 @@ def _describe(operation: dict[str, Any], described: _Operation, schemas: dict[st
     operation["requestBody"] = {"required": True, "content": content}
     answer: dict[str, Any] = {"application/json": {"schema": _ref(described.answer)}}
     if described.streams:
-        answer["text/event-stream"] = {"schema": _TEXT}
+        answer["text/event-stream"] = {"schema": _EVENT}
     operation["responses"]["200"] = {"description": "The answer.", "content": answer}

@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK_N, _BLOCK_K, _WARPS = 8, 512, 4
+_BLOCK_K, _WARPS = 512, 4
+# Output features from which programs of 8 rows fill the device; else they have 4.
+_WIDE = 16384
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def row_linear(
     k = weight.shape[1]
     n = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
-    block_n = _BLOCK_N // 2 if swiglu else _BLOCK_N
+    block_n = 4 if swiglu or n < _WIDE else 8
     _row_linear_kernel[(triton.cdiv(n, block_n),)](
         x, gain, weight, bias, residual, out, n, k, weight.stride(0), eps,
         HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu,

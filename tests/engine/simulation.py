@@ -252,7 +252,6 @@ class Workload:
     context_length: int
     num_pages: int
     max_step_tokens: int
-    min_mixed_tokens: int | None
     max_mixed_tokens: int | None
     max_running: int
     max_encode_tokens: int
@@ -282,7 +281,6 @@ class Workload:
             context_length=context_length,
             num_pages=minimum + rng.choice([0, 0, 1, 2, minimum, 4 * minimum]),
             max_step_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
-            min_mixed_tokens=rng.choice([None, None, 1, 2]),
             max_mixed_tokens=rng.choice([None, None, 1, 4, 9]),
             max_running=rng.choice([1, 2, 3, 8, 16]),
             max_encode_tokens=rng.choice([1, 10, 30]),
@@ -351,7 +349,6 @@ class Simulation:
         config = SchedulerConfig(
             page_size=work.page_size,
             max_step_tokens=work.max_step_tokens,
-            min_mixed_tokens=work.min_mixed_tokens,
             max_mixed_tokens=work.max_mixed_tokens,
             max_running=work.max_running,
             max_encode_tokens=work.max_encode_tokens,

@@ -10,7 +10,7 @@ from sightline.cache.page_pool import PagePool
 from sightline.cache.radix import RadixCache, page_keys
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.request import Request
-from sightline.engine.scheduler import Scheduler, SchedulerConfig, _Mix
+from sightline.engine.scheduler import Scheduler, SchedulerConfig
 from sightline.types import FinishReason, ImageRef, SamplingParams
 
 
@@ -144,18 +144,3 @@ def test_beside_the_text_a_returning_request_decodes_only_with_its_picture():
     cache.unpin(stranger)
     assert step(scheduler) == [("r", 8, 1)]
     assert asked.pinned == {picture.digest}
-
-
-def test_a_mixed_step_gets_as_many_prompt_tokens_as_prompts_have_for_each_generated_token() -> None:
-    mix = _Mix(least=20, most=200)
-    assert mix.budget(8) == 200, "nothing is known yet"
-    for _ in range(500):
-        mix.count(num_prompt_tokens=40, num_decode=8)
-    # 8 rows, and 5 prompt tokens for each, and a quarter more
-    assert mix.budget(8) == 8 + 50
-    assert mix.budget(1) == 20
-    assert mix.budget(100) == 200
-    for _ in range(5000):
-        mix.count(num_prompt_tokens=0, num_decode=8)
-    assert mix.budget(8) == 20
-    assert _Mix(least=200, most=200).budget(3) == 200

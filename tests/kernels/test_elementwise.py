@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="no triton on this machine")
 from sightline.kernels import activation, norm, rope
 from sightline.kernels.row_linear import row_linear, row_linear_reference
 from sightline.layers.activation import quick_gelu, silu_and_mul
-from sightline.layers.norm import RMSNorm
+from sightline.layers.norm import LayerNorm, RMSNorm
 from sightline.layers.rotary import MultimodalRotaryEmbedding, RotaryEmbedding, apply_rotary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -154,3 +154,19 @@ def test_row_linear(dtype: torch.dtype, with_gain: bool, swiglu: bool, device: t
         ours, expected = row_linear(x, weight, **args), row_linear_reference(x, weight, **args)
         tolerance = 2e-5 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_after_a_bias(dtype: torch.dtype, device: torch.device) -> None:
+    layer = LayerNorm(200, 1e-6).to(device, dtype)
+    layer.weight.data, layer.bias.data = torch.randn(200).to(device, dtype), torch.randn(200).to(device, dtype)
+    x, pending = (3 + torch.randn(5, 200)).to(device, dtype), torch.randn(200).to(device, dtype)
+    expected_sum = x + pending
+    ours = x.clone()
+    out = norm.bias_layer_norm(ours, pending, layer.weight, layer.bias, layer.eps)
+    check(ours, expected_sum)
+    tolerance = 4e-6 if dtype is torch.float32 else 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, layer(ours), atol=tolerance, rtol=tolerance)
+    reference = norm.bias_layer_norm_reference(x.clone(), pending, layer.weight, layer.bias, layer.eps)
+    torch.testing.assert_close(out, reference, atol=tolerance, rtol=tolerance)
+    assert norm.bias_layer_norm(ours[:0], pending, layer.weight, layer.bias, layer.eps).shape == (0, 200)

@@ -269,8 +269,8 @@ def _flat_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_group_for_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     original = qwen2_vl.VisionBlock.forward
 
-    def forward(self: Any, x: Tensor, rotary: Any, groups: Any) -> Tensor:
-        return original(self, x, rotary, [(1, x.shape[0])])
+    def forward(self: Any, x: Tensor, pending: Any, rotary: Any, groups: Any) -> tuple[Tensor, Tensor]:
+        return original(self, x, pending, rotary, [(1, x.shape[0])])
 
     monkeypatch.setattr(qwen2_vl.VisionBlock, "forward", forward)
 

@@ -35,11 +35,11 @@ from sightline.types import EngineRequest, LoadProgress, MemoryPlan, SamplingPar
 
 logger = logging.getLogger("sightline.engine")
 
-# On a GPU. Rows of a step that also decodes: the most bounds the time between two tokens while others' prompts come in, and
-# below the least products lose speed.
-_MIN_MIXED_TOKENS, _MAX_MIXED_TOKENS = 256, 768
+# On a GPU. Rows of a step that also decodes: they bound the time between two tokens while others' prompts come in. More would
+# hardly be faster, because then fewer decode rows ride along.
+_MAX_MIXED_TOKENS = 768
 # On a GPU. Features encoded at once: a few pictures fill the device, and prompts wait for the whole batch.
-_MAX_ENCODE_TOKENS = 2048
+_MAX_ENCODE_TOKENS = 1024
 
 
 def build_core(
@@ -182,7 +182,6 @@ def _scheduler_config(runner: ModelRunner, plan: MemoryPlan, max_step: int, dtyp
         page_size=PAGE_SIZE,
         max_step_tokens=max_step,
         max_running=plan.max_running_requests,
-        min_mixed_tokens=min(max_step, _MIN_MIXED_TOKENS) if on_gpu else None,
         max_mixed_tokens=min(max_step, _MAX_MIXED_TOKENS) if on_gpu else None,
         max_encode_tokens=min(max_step, _MAX_ENCODE_TOKENS) if on_gpu else max_step,
         image_token_bytes=model.config.hidden_size * dtype.itemsize,

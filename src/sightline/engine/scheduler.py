@@ -45,8 +45,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """max_step_tokens: rows of one step. min_mixed_tokens, max_mixed_tokens: of one that also decodes, see `_Mix` (None: as
-    many as of any). max_encode_tokens: features encoded in one step (one picture always may).
+    """max_step_tokens: rows of one step; max_mixed_tokens: of one that also decodes, so that those who wait for their next
+    token never wait long (None: the same). max_encode_tokens: features encoded in one step (one picture always may).
 
     image_token_bytes: bytes of one feature, for the vision cache's budget. num_features: how many a picture has; one for
     each placeholder unless said otherwise. cross_attention: pictures stand beside the text, see `engine.pictures`.
@@ -57,39 +57,9 @@ class SchedulerConfig:
     max_running: int
     max_encode_tokens: int
     image_token_bytes: int
-    min_mixed_tokens: int | None = None
     max_mixed_tokens: int | None = None
     num_features: Callable[[ImageRef], int] = attrgetter("num_tokens")
     cross_attention: bool = False
-
-
-class _Mix:
-    """How many prompt tokens go into a step that also decodes.
-
-    A decode step costs almost the same alone as in company, so most is done when prompts are spread over all decode steps
-    instead of crowding into few: each step gets as many prompt tokens for a decode row as prompts had, lately, for each
-    generated token, and a quarter more, or those that wait would wait for ever.
-    """
-
-    # Weight that a step's counts lose with every later step: some thousand steps are remembered.
-    _FADE = 1 - 1 / 1024
-    _AHEAD = 1.25
-
-    def __init__(self, least: int, most: int) -> None:
-        self._least, self._most = least, most
-        self._prompt_tokens = self._decode_rows = 0.0
-
-    def budget(self, num_decode: int) -> int:
-        """Rows of the next step, those that decode included."""
-        if not self._decode_rows:
-            return self._most
-        share = num_decode * (1 + self._AHEAD * self._prompt_tokens / self._decode_rows)
-        return int(min(max(share, self._least), self._most))
-
-    def count(self, num_prompt_tokens: int, num_decode: int) -> None:
-        """A step was made."""
-        self._prompt_tokens = self._prompt_tokens * self._FADE + num_prompt_tokens
-        self._decode_rows = self._decode_rows * self._FADE + num_decode
 
 
 class Scheduler:
@@ -118,8 +88,6 @@ class Scheduler:
         self.pixel_requests: list[tuple[Request, list[bytes]]] = []
         self.num_retractions = 0
         self._wanted: Counter[bytes] = Counter()
-        most = config.max_mixed_tokens or config.max_step_tokens
-        self._mix = _Mix(most if config.min_mixed_tokens is None else config.min_mixed_tokens, most)
         self._needs = beside_text if config.cross_attention else in_text
 
     @property
@@ -219,13 +187,12 @@ class Scheduler:
                 batch.rows.append(ScheduledRow(request, request.num_computed, 1, True))
                 budget -= 1
         batch.num_decode = len(batch.rows)
-        if batch.rows:
-            budget = min(budget, max(self._mix.budget(batch.num_decode) - batch.num_decode, 0))
+        if batch.rows and self.config.max_mixed_tokens is not None:
+            budget = min(budget, max(self.config.max_mixed_tokens - batch.num_decode, 0))
         for request in self.running:
             if request in prefills and budget > 0:
                 budget -= self._schedule_chunk(batch, request, budget)
         self._admit(batch, budget)
-        self._mix.count(batch.num_new_tokens, batch.num_decode)
         return batch if batch.rows else None
 
     def _lacks_features(self, request: Request) -> bool:

@@ -47,6 +47,11 @@ class Linear(nn.Module):
         """x [..., in_features] -> [..., out_features]."""
         return linear(x, self.weight, self.bias)
 
+    def add_product_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual [T, out] + x [T, in] W^T without the bias, which the norm that follows can add for less. The residual is
+        overwritten."""
+        return residual.addmm_(x, self.weight.t())
+
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual [T, out] + x [T, in] W^T (+ b), the sum done inside the matrix product. The residual is overwritten."""
         if x.is_cuda and x.shape[0] == 1:
@@ -54,7 +59,7 @@ class Linear(nn.Module):
             from sightline.kernels.row_linear import row_linear
 
             return row_linear(x, self.weight, self.bias, residual=residual)
-        out = residual.addmm_(x, self.weight.t())
+        out = self.add_product_to(residual, x)
         return out if self.bias is None else out.add_(self.bias)
 
 

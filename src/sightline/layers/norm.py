@@ -32,6 +32,10 @@ class RMSNorm(nn.Module):
             return (x * scale).mul_(self.weight)
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
+    def after_bias(self, x: Tensor, pending: Tensor) -> Tensor:
+        """See `LayerNorm.after_bias`."""
+        return self.forward(x.add_(pending))
+
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
@@ -46,3 +50,11 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> same shape and dtype."""
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+    def after_bias(self, x: Tensor, pending: Tensor) -> Tensor:
+        """forward(x + pending) of x [T, width], which becomes that sum; pending: [width], the bias of the product before."""
+        if not x.is_cuda:
+            return self.forward(x.add_(pending))
+        from sightline.kernels.norm import bias_layer_norm
+
+        return bias_layer_norm(x, pending, self.weight, self.bias, self.eps)

@@ -74,9 +74,14 @@ class GatedVisionMLP(nn.Module):
         self.gate_up_proj = MergedLinear(config.embed_dim, {"gate_proj": width, "up_proj": width}, bias=True)
         self.down_proj = Linear(width, config.embed_dim, bias=True)
 
+    @property
+    def output(self) -> Linear:
+        """The last product."""
+        return self.down_proj
+
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual [N, E] -> residual + mlp(x)."""
-        return self.down_proj.add_to(residual, silu_and_mul(self.gate_up_proj(x)))
+        """x, residual [N, E] -> residual + mlp(x), all but the bias of `output`."""
+        return self.down_proj.add_product_to(residual, silu_and_mul(self.gate_up_proj(x)))
 
 
 class WindowBlock(VisionBlock):
@@ -110,9 +115,10 @@ class WindowTower(VisionTower):
         rows = (order[:, None] * cell + torch.arange(cell)).flatten().to(x.device)
         x = x.index_select(0, rows)
         rotary = Rotary(rotary.cos.index_select(0, rows), rotary.sin.index_select(0, rows))
+        pending = None
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, groups if i in self.full_attention else windows)
-        return self.merger(x).index_select(0, order.argsort().to(x.device))
+            x, pending = block(x, pending, rotary, groups if i in self.full_attention else windows)
+        return self.merger(x, pending).index_select(0, order.argsort().to(x.device))
 
     def _windows(self, grids: Sequence[Grid]) -> tuple[Tensor, list[tuple[int, int]]]:
         """(order of all cells, int64 [N / merge^2]; (count, patches) of consecutive windows with equally many patches)."""

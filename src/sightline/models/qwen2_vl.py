@@ -14,7 +14,7 @@ from sightline.attention.backend import ForwardContext
 from sightline.layers.activation import ACTIVATIONS
 from sightline.layers.embedding import place_features
 from sightline.layers.linear import Linear
-from sightline.layers.norm import LayerNorm
+from sightline.layers.norm import LayerNorm, RMSNorm
 from sightline.layers.parameter import Slot
 from sightline.layers.rotary import Rotary, inverse_frequencies, rotate_heads, tables
 from sightline.models import KVSpec
@@ -204,7 +204,8 @@ class VisionAttention(nn.Module):
         self.proj = Linear(config.embed_dim, config.embed_dim, bias=True)
 
     def forward(self, x: Tensor, residual: Tensor, rotary: Rotary, groups: Sequence[tuple[int, int]]) -> Tensor:
-        """x, residual [N, E]; groups: (count, patches) of consecutive pictures with equally many patches."""
+        """x, residual [N, E] -> residual + attention(x), all but the bias of `proj`. groups: (count, patches) of consecutive
+        pictures with equally many patches."""
         num_rows, width = x.shape
         qkv = self.qkv(x)
         qk = rotate_heads(qkv, rotary, 2 * self.num_heads)
@@ -217,7 +218,7 @@ class VisionAttention(nn.Module):
             first += count * patches
             parts = (t[rows].unflatten(0, (count, patches)).transpose(1, 2) for t in (q, k, v))
             outputs.append(scaled_dot_product_attention(*parts).transpose(1, 2).reshape(-1, width))
-        return self.proj.add_to(residual, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        return self.proj.add_product_to(residual, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
 class VisionMLP(nn.Module):
@@ -229,34 +230,45 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.embed_dim, bias=True)
         self.act = ACTIVATIONS[config.hidden_act]
 
+    @property
+    def output(self) -> Linear:
+        """The last product."""
+        return self.fc2
+
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual [N, E] -> residual + mlp(x)."""
-        return self.fc2.add_to(residual, self.act(self.fc1(x)))
+        """x, residual [N, E] -> residual + mlp(x), all but the bias of `output`."""
+        return self.fc2.add_product_to(residual, self.act(self.fc1(x)))
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm block. Later families change what the class attributes name."""
+    """Pre-norm block. The bias of each half's last product is left to the norm that follows, which adds it for less. Later
+    families change what the class attributes name."""
 
-    norm_class: type[nn.Module] = LayerNorm
-    mlp_class: type[nn.Module] = VisionMLP
+    norm_class: type[LayerNorm | RMSNorm] = LayerNorm
+    mlp_class: Any = VisionMLP
 
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
         self.norm1 = self.norm_class(config.embed_dim, _NORM_EPS)
         self.norm2 = self.norm_class(config.embed_dim, _NORM_EPS)
         self.attn = VisionAttention(config)
-        self.mlp = self.mlp_class(config)
+        self.mlp: Any = self.mlp_class(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, groups: Sequence[tuple[int, int]]) -> Tensor:
-        """x [N, E] -> [N, E]."""
-        x = self.attn(self.norm1(x), x, rotary, groups)
-        return self.mlp(self.norm2(x), x)
+    def forward(
+        self, x: Tensor, pending: Tensor | None, rotary: Rotary, groups: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, E], overwritten; pending: [E], still to be added to it -> the same of the next block."""
+        normed = self.norm1(x) if pending is None else self.norm1.after_bias(x, pending)
+        x = self.attn(normed, x, rotary, groups)
+        assert self.attn.proj.bias is not None
+        x = self.mlp(self.norm2.after_bias(x, self.attn.proj.bias), x)
+        return x, self.mlp.output.bias
 
 
 class PatchMerger(nn.Module):
     """The m x m patches of a cell side by side, through an MLP to the decoder's width."""
 
-    norm_class: type[nn.Module] = LayerNorm
+    norm_class: type[LayerNorm | RMSNorm] = LayerNorm
 
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
@@ -270,9 +282,9 @@ class PatchMerger(nn.Module):
             }
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, E] in merge-block order -> [N / m^2, hidden_size]."""
-        return self.mlp["2"](gelu(self.mlp["0"](self.ln_q(x).view(-1, self.width))))
+    def forward(self, x: Tensor, pending: Tensor) -> Tensor:
+        """x [N, E] in merge-block order, overwritten; pending: see `VisionBlock` -> [N / m^2, hidden_size]."""
+        return self.mlp["2"](gelu(self.mlp["0"](self.ln_q.after_bias(x, pending).view(-1, self.width))))
 
 
 class VisionTower(nn.Module):
@@ -314,9 +326,10 @@ class VisionTower(nn.Module):
 
     def _encode(self, x: Tensor, rotary: Rotary, grids: Sequence[Grid], groups: Sequence[tuple[int, int]]) -> Tensor:
         """x [N, E], patches of pictures of `grids` -> [N / merge^2, hidden]; groups as in `VisionAttention`."""
+        pending = None
         for block in self.blocks:
-            x = block(x, rotary, groups)
-        return self.merger(x)
+            x, pending = block(x, pending, rotary, groups)
+        return self.merger(x, pending)
 
     def _rotary(self, grids: Sequence[Grid]) -> Rotary:
         """Row and column of each patch, in merge-block order, turn one half of the frequencies each."""

@@ -163,8 +163,8 @@ class Judge:
         parts: list[Answers] = []
         for messages, output in zip(talks.values(), outputs, strict=True):
             (choice,) = output.outputs
-            assert len(choice.token_ids) == NEW_TOKENS
             assert choice.logprobs is not None
+            assert len(choice.token_ids) == len(choice.logprobs) >= NEW_TOKENS
             given = torch.tensor([entry.logprob for entry in choice.logprobs])
             truth = self._logprobs(engine, messages, choice.token_ids, torch.float32)
             same = self.dtype is torch.float32

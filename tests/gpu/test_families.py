@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no caches": {"disable_radix_cache": True, "vision_cache_gb": 0.0},
     "no CUDA graphs": {"disable_cuda_graph": True},
     "no overlap": {"disable_overlap_schedule": True},
+    "torch's attention": {"attention_backend": "torch"},
     "none of it": {"disable_cuda_graph": True, "disable_overlap_schedule": True, "disable_radix_cache": True},
 }
 

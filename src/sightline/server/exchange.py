@@ -150,8 +150,16 @@ class Exchange(ABC):
     def abort(self) -> None:
         """End the answers where they are; the client is told."""
         self._aborted = True
+        self._fail(_Aborted())
+
+    def _expire(self) -> None:
+        timeout = self.lifecycle.config.request_timeout
+        self._fail(OverloadedError(f"The request was not finished within {timeout:g} seconds.", code="request_timeout"))
+
+    def _fail(self, error: Exception) -> None:
+        """Raised by `deltas` after what has come already; one timer for a call costs less than one for each delta."""
         for answer in self.answers:
-            answer.events.put_nowait(_Aborted())
+            answer.events.put_nowait(error)
 
     async def _submit(self, stack: ExitStack) -> None:
         pipeline, engine = self.lifecycle.pipeline, self.lifecycle.engine
@@ -161,6 +169,7 @@ class Exchange(ABC):
             self.answers.append(stack.enter_context(closing(answer)))
         if self._aborted:
             self.abort()
+        stack.callback(asyncio.get_running_loop().call_at(self._deadline, self._expire).cancel)
 
     async def _collect(self) -> list[RequestOutput]:
         outputs = [
@@ -195,15 +204,11 @@ class Exchange(ABC):
         """(index of the prompt, delta) as they come. Raises `OverloadedError` at the deadline, and `EngineError`."""
         try:
             if len(self.answers) == 1:
-                while True:
-                    async with asyncio.timeout_at(self._deadline):
-                        delta = await anext(self.answers[0], None)
-                    if delta is None:
-                        return
+                async for delta in self.answers[0]:
                     self._count(0, delta)
                     yield 0, delta
             else:
-                async with aclosing(_merged(self.answers, self._deadline)) as merged:
+                async with aclosing(_merged(self.answers)) as merged:
                     async for i, delta in merged:
                         self._count(i, delta)
                         yield i, delta
@@ -212,11 +217,6 @@ class Exchange(ABC):
                 raise
             for i, index in sorted(self._running):
                 yield i, OutputDelta(index, "", [], None, FinishReason.ABORT, None, self._num_cached[i])
-        except TimeoutError as error:
-            raise OverloadedError(
-                f"The request was not finished within {self.lifecycle.config.request_timeout:g} seconds.",
-                code="request_timeout",
-            ) from error
 
     def _count(self, i: int, delta: OutputDelta) -> None:
         if self._first_token is None:
@@ -298,17 +298,12 @@ class _Aborted(RequestError):
         super().__init__("The request was ended by /abort_request.", code="request_aborted")
 
 
-async def _merged(answers: Sequence[Answer], deadline: float) -> AsyncGenerator[tuple[int, OutputDelta]]:
-    """Deltas of several answers in the order in which they come. Raises TimeoutError."""
-    loop = asyncio.get_running_loop()
+async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, OutputDelta]]:
+    """Deltas of several answers in the order in which they come."""
     waiting = {asyncio.ensure_future(anext(answer, None)): i for i, answer in enumerate(answers)}
     try:
         while waiting:
-            done, _ = await asyncio.wait(
-                waiting, timeout=max(0.0, deadline - loop.time()), return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                raise TimeoutError
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=waiting.__getitem__):
                 i = waiting.pop(task)
                 if (delta := task.result()) is not None:

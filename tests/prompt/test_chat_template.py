@@ -332,6 +332,49 @@ def test_names_tools_and_keys_are_shielded_too() -> None:
     assert not ADDED_IDS & set(encode(rendered))
 
 
+# -- what released templates do --------------------------------------------------------------------------------------
+
+# As many of llava-hf's: pictures first, content as parts alone, an assistant's words marked for training.
+PARTS_ALONE = """\
+{% for message in messages %}{{ message['role'].upper() + ': ' }}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<|image_pad|>\\n' }}{% endfor %}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'text') %}
+{%- if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}
+{%- else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+
+
+def test_a_template_that_takes_parts_alone_loses_no_words() -> None:
+    """Strings become parts; several parts stay several, as in transformers."""
+    reply = {"role": "assistant", "content": "A circle."}
+    mine = ChatTemplate(PARTS_ALONE, Shield([]))
+    talks: list[list[dict[str, Any]]] = [
+        [user("What?")],
+        [{"role": "system", "content": "Be brief."}, user(text("a"), text("b"), IMAGE), reply, user("Sure?")],
+        [user(IMAGE, text("a"), IMAGE), {"role": "assistant", "content": ""}, user(text("b"))],
+    ]
+    for messages in talks:
+        parts = [
+            {
+                **m,
+                "content": [text(m["content"])] * bool(m["content"]) if isinstance(m["content"], str) else m["content"],
+            }
+            for m in messages
+        ]
+        expected = transformers_tokenizer().apply_chat_template(
+            parts, chat_template=PARTS_ALONE, tokenize=False, add_generation_prompt=True
+        )
+        assert mine.render(messages).text == expected
+    assert "A circle." in mine.render(talks[1]).text
+    continued = mine.render([user("a"), reply], continue_final_message=True).text
+    assert continued == "USER: a ASSISTANT: A circle."
+
+
+def test_a_template_that_takes_strings_gets_strings() -> None:
+    mine = ChatTemplate("{% for m in messages %}{{ m.content.strip() }};{% endfor %}", Shield([]))
+    assert mine.render([user(text("a "), text("b ")), user("c")]).text == "a b;c;"
+
+
 # -- the sandbox -------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +433,10 @@ def test_sources_in_order(tmp_path: Path) -> None:
         json.dumps({"chat_template": [{"name": "tool_use", "template": "X"}, {"name": "default", "template": "D"}]})
     )
     assert load_source(tmp_path, None, "qwen2-vl") == ("D", False)
+    assert load_source(tmp_path, None, "qwen2-vl", "tool_use") == ("X", False)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("U")
+    assert load_source(tmp_path, None, "qwen2-vl", "tool_use") == ("U", False)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "J"}))
     assert load_source(tmp_path, None, "qwen2-vl") == ("J", False)
     (tmp_path / "chat_template.jinja").write_text("F")

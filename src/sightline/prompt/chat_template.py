@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, meta, nodes
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sightline.errors import CheckpointError, RequestError
@@ -80,6 +81,16 @@ class Shield:
         return Rendered("".join([*pieces, text[start:]]), frozenset(positions))
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks an assistant's words for training; here its body counts alone."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """One compiled template.
 
@@ -89,7 +100,9 @@ class ChatTemplate:
     def __init__(
         self, source: str, shield: Shield, *, bos_token: str | None = None, eos_token: str | None = None
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -107,6 +120,11 @@ class ChatTemplate:
         self._has_calls = "tool_calls" in written
         self._has_developer = "developer" in written
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        # A template takes content as a string, as a list of parts, or both; a string if it can.
+        self._wants_parts = False
+        if not self._shows_words():
+            self._wants_parts = True
+            self._wants_parts = self._shows_words()
 
     def render(
         self,
@@ -132,7 +150,7 @@ class ChatTemplate:
                 f"chat_template_kwargs: {unknown[0]!r} is not allowed; allowed are {', '.join(sorted(_ALLOWED_KWARGS))}.",
                 param="chat_template_kwargs",
             )
-        hidden = self._shield.hide(messages)
+        hidden = [{**m, "content": self._content(m.get("content", ""))} for m in self._shield.hide(messages)]
         if not self._has_developer:
             hidden = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in hidden]
         variables = {
@@ -159,6 +177,20 @@ class ChatTemplate:
             ) from error
         text = "".join(pieces)
         return self._shield.show(_until_mark(text) if continue_final_message else text)
+
+    def _shows_words(self) -> bool:
+        try:
+            return "words" in self.render([{"role": "user", "content": "words"}]).text
+        except RequestError:
+            return False
+
+    def _content(self, content: Any) -> Any:
+        """Text alone in the form that the template takes; a template that takes both gets a string."""
+        if self._wants_parts:
+            return [{"type": "text", "text": content}] * bool(content) if isinstance(content, str) else content
+        if isinstance(content, str) or any(part["type"] != "text" for part in content):
+            return content
+        return "".join(part["text"] for part in content)
 
     def refusal(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
@@ -188,6 +220,9 @@ def load_source(model_dir: Path, override: str | None, fallback: str, variant: s
     """
     if override is not None:
         return _override(override), False
+    further = model_dir / "additional_chat_templates" / f"{variant}.jinja"
+    if variant != "default" and further.exists():
+        return further.read_text(encoding="utf-8"), False
     for name in ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"):
         path = model_dir / name
         if not path.exists():

@@ -290,12 +290,9 @@ class PromptPipeline:
                 raise RequestError(f"role must be one of {', '.join(sorted(_ROLES))}.", param=f"messages[{i}].role")
             content = message.get("content")
             if isinstance(content, Sequence) and not isinstance(content, str):
-                parts = [
+                content = [
                     self._part(part, f"messages[{i}].content[{j}]", limits, sources) for j, part in enumerate(content)
                 ]
-                # Parts are for templates that place pictures; text alone is the same as a string to any template.
-                joined = all(part["type"] == "text" for part in parts)
-                content = "".join(part["text"] for part in parts) if joined else parts
             plain.append({**template_message(message, f"messages[{i}]"), "content": "" if content is None else content})
         return plain, sources
 

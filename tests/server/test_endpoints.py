@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -34,13 +35,20 @@ many = pytest.mark.parametrize(("path", "body"), GENERATING.items(), ids=GENERAT
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def small_server() -> Iterator[str]:
     """One request at a time, a second and a half each."""
-    flags = ["--max-queued-requests", "1", "--request-timeout", "1.5", "--api-key", "k"]
+    flags = ["--max-queued-requests", "1", "--request-timeout", "1.5", "--api-key", "k", "--allow-private-media"]
     with ServerProcess([str(tiny.qwen2_vl()), *flags]) as process:
         process.wait_ready()
         yield process.base_url
         assert process.terminate() == 0
+
+
+@pytest.fixture
+def url(small_server: str) -> str:
+    """The server, once the test before has left it."""
+    wait_until_idle(small_server)
+    return small_server
 
 
 def in_flight(url: str) -> int:
@@ -90,10 +98,22 @@ def test_the_deadline_ends_it(path: str, body: dict, url: str) -> None:
     whole = requests.post(url + path, json={**body, "stream": False}, headers=KEY, timeout=30)
     assert (whole.status_code, whole.json()["error"]["code"]) == (503, "request_timeout")
     assert whole.headers["retry-after"]
+    wait_until_idle(url)
     streamed = requests.post(url + path, json=body, headers=KEY, timeout=30)
     last = json.loads(streamed.text.rstrip().rpartition("data: ")[2])
     error = last["response"]["error"] if path == "/v1/responses" else last["error"]
     assert error["code"] == ("server_error" if path == "/v1/responses" else "request_timeout")
+
+
+def test_the_deadline_counts_the_pictures_too(url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        picture = f"http://127.0.0.1:{silent.getsockname()[1]}/never.png"
+        body = {"messages": ask({"type": "image_url", "image_url": {"url": picture}})}
+        began = time.monotonic()
+        response = requests.post(f"{url}/v1/chat/completions", json=body, headers=KEY, timeout=30)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "request_timeout")
+    # Fetching alone would have taken five seconds.
+    assert time.monotonic() - began < 3.5
 
 
 def test_more_prompts_than_the_server_takes_at_once(url: str) -> None:

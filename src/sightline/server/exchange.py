@@ -152,9 +152,9 @@ class Exchange(ABC):
         self._aborted = True
         self._fail(_Aborted())
 
-    def _expire(self) -> None:
+    def _too_late(self) -> OverloadedError:
         timeout = self.lifecycle.config.request_timeout
-        self._fail(OverloadedError(f"The request was not finished within {timeout:g} seconds.", code="request_timeout"))
+        return OverloadedError(f"The request was not finished within {timeout:g} seconds.", code="request_timeout")
 
     def _fail(self, error: Exception) -> None:
         """Raised by `deltas` after what has come already; one timer for a call costs less than one for each delta."""
@@ -163,13 +163,18 @@ class Exchange(ABC):
 
     async def _submit(self, stack: ExitStack) -> None:
         pipeline, engine = self.lifecycle.pipeline, self.lifecycle.engine
-        for i, (prompt, sampling) in enumerate(zip(await self.prompts(), self.sampling, strict=True)):
-            request_id = self.request_id if len(self.sampling) == 1 else f"{self.request_id}-{i}"
-            answer = await engine.submit(prompt, sampling, pipeline=pipeline, request_id=request_id)
-            self.answers.append(stack.enter_context(closing(answer)))
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                for i, (prompt, sampling) in enumerate(zip(await self.prompts(), self.sampling, strict=True)):
+                    request_id = self.request_id if len(self.sampling) == 1 else f"{self.request_id}-{i}"
+                    answer = await engine.submit(prompt, sampling, pipeline=pipeline, request_id=request_id)
+                    self.answers.append(stack.enter_context(closing(answer)))
+        except TimeoutError as error:
+            raise self._too_late() from error
         if self._aborted:
             self.abort()
-        stack.callback(asyncio.get_running_loop().call_at(self._deadline, self._expire).cancel)
+        timer = asyncio.get_running_loop().call_at(self._deadline, lambda: self._fail(self._too_late()))
+        stack.callback(timer.cancel)
 
     async def _collect(self) -> list[RequestOutput]:
         outputs = [

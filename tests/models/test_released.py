@@ -17,6 +17,7 @@ from sightline.prompt.pipeline import PromptPipeline
 from sightline.prompt.processor import load_processor
 from sightline.registry import FAMILIES
 from tests import oracle, released
+from tests.gpu import dummy_models
 
 TRANSFORMERS_LAYOUT = [kind for kind in released.RELEASES if "authors" not in kind]
 # Parameters in millions, as the model cards have them, and tokens of a picture of 1024 x 1024.
@@ -97,3 +98,18 @@ def test_what_detail_means(kind: str, tokens: int, tmp_path: Path) -> None:
         assert low.grid[1] * low.grid[2] < own.grid[1] * own.grid[2]
     for detail in ("auto", "high", "original"):
         assert processor.plan(1600, 1600, processor.limits_for(detail)) == own
+
+
+def test_the_script_for_full_sizes_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/gpu/dummy_models.py`, on a release made small."""
+    text = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "vocab_size": 151936, "tie_word_embeddings": True}  # fmt: skip
+    small = released._qwen2_vl(text)
+    small.config["vision_config"] |= {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    monkeypatch.setitem(released.RELEASES, "small", small)
+    line = dummy_models.measure("small", "cpu", {"max_total_tokens": 2048, "context_length": 2048})
+    assert line["answer_tokens"] == 64
+    assert line["image_tokens"] == 391
+    assert line["cached_tokens"] > 391
+    assert line["weights_gib"] == 0.07
+    assert line["kv_bytes_per_token"] == 512

@@ -22,11 +22,36 @@ engine. The port is 8000 unless `--port 30000` is given.
 
 **From vLLM:** `sightline serve MODEL` takes vLLM's flags as below; `from sightline import Engine` stands for `LLM`.
 
+A notebook of SGLang's runs with the package's name changed:
+
+<!-- test: contains "red circle", "blue square" -->
+```python
+import base64
+import requests
+from sightline.utils import launch_server_cmd, print_highlight, terminate_process, wait_for_server
+
+server, port = launch_server_cmd("python3 -m sightline.launch_server")
+wait_for_server(f"http://localhost:{port}", process=server)
+
+picture = base64.b64encode(open("src/sightline/demo/samples/shapes.png", "rb").read()).decode()
+answer = requests.post(
+    f"http://localhost:{port}/generate",
+    json={
+        "text": "<|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>What is in this image?<|im_end|>\\n"
+        "<|im_start|>assistant\\n",
+        "image_data": picture,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 100},
+    },
+)
+print_highlight(answer.json()["text"])
+terminate_process(server)
+```
+
 ## What differs
 
 | | there | here |
 |---|---|---|
-| a model's name in requests | SGLang takes any | the served name, the path or its last part; another is a 404 |
+| a model's name in requests | SGLang takes any | the served name, the path, its last part, or `default`; another is a 404 |
 | picture URLs | any address; SGLang also opens files of the server | public addresses only; `--allow-private-media`, `--allowed-media-domains` and `--allowed-local-media-path` open more |
 | `image_url.detail` | ignored | `low` is at most 512 x 512 pixels |
 | pictures that cannot be used | often a 5xx | a 4xx with one of OpenAI's image codes and `x-should-retry: false` |

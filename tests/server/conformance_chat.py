@@ -29,9 +29,10 @@ def _(api: Api) -> None:
     api.refused("messages", code="empty_array", messages=[])
 
 
-@row(REQUEST, "model", WORKS, "may be left out; another name is 404 `model_not_found`")
+@row(REQUEST, "model", WORKS, "may be left out, or SGLang's `default`; another name is 404 `model_not_found`")
 def _(api: Api) -> None:
-    assert api.chat(model="tiny")["model"] == "tiny"
+    for name in ("tiny", "default"):
+        assert api.chat(model=name)["model"] == "tiny"
     api.refused("model", status=404, code="model_not_found", model="gpt-9")
 
 
@@ -165,6 +166,13 @@ accepted(REQUEST, "prediction", {"type": "content", "content": "x"})
 accepted(REQUEST, "moderation", {"model": "x"})
 accepted(REQUEST, "web_search_options", {})
 refused(REQUEST, "audio", {"voice": "alloy", "format": "wav"})
+
+# Until structured output and tools are served.
+refused(REQUEST, "response_format", {"type": "json_object"}, "json_object and json_schema not yet; text works")
+refused(REQUEST, "tools", [{"type": "function", "function": {"name": "f"}}], "not yet")
+refused(REQUEST, "tool_choice", "required", "not yet; none and auto are accepted")
+refused(REQUEST, "functions", [{"name": "f"}], "deprecated by OpenAI")
+accepted(REQUEST, "parallel_tool_calls", False)
 
 # -- messages ----------------------------------------------------------------------------------------------------------
 
@@ -547,6 +555,8 @@ def _(api: Api) -> None:
 accepted(EXTRAS, "priority", 1, "first come, first served")
 accepted(EXTRAS, "request_id", "r-1")
 accepted(EXTRAS, "session_id", "s")
+for name in ("regex", "ebnf", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice"):
+    refused(EXTRAS, name, "x", "not yet")
 refused(EXTRAS, "best_of", 3)
 refused(EXTRAS, "use_beam_search", True)
 refused(EXTRAS, "length_penalty", 0.5)

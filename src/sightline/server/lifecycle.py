@@ -70,8 +70,8 @@ class Lifecycle:
         return path.resolve().name if path.is_dir() else self.config.model
 
     def accepts_model(self, name: str) -> bool:
-        """The served name, the path or hub name that was given, and the last part of either."""
-        known = {self.model_name, self.config.model}
+        """The served name, the path or hub name that was given, the last part of either, and SGLang's "default"."""
+        known = {self.model_name, self.config.model, "default"}
         return name in known or name in {Path(n).name for n in known}
 
     async def load(self) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from sightline import hub
 from sightline.errors import CheckpointError, ImageError, RequestError
 from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
+from sightline.prompt.resize import resize
 from sightline.types import ImageRef
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -150,26 +151,26 @@ class LlavaProcessor:
         if not rows:
             square = self._as_square(image)
             return np.ascontiguousarray(np.asarray(square)[None])
-        fitted = image.resize(fit(image.size, (plan.width, plan.height)), self._resample)
+        fitted = resize(image, fit(image.size, (plan.width, plan.height)), self._resample)
         canvas = Image.new("RGB", (plan.width, plan.height))
         canvas.paste(fitted, ((plan.width - fitted.width) // 2, (plan.height - fitted.height) // 2))
         tiles = np.asarray(canvas).reshape(rows, size, -1, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-        return np.concatenate([np.asarray(image.resize((size, size), self._resample))[None], tiles])
+        return np.concatenate([np.asarray(resize(image, (size, size), self._resample))[None], tiles])
 
     def _as_square(self, image: Image.Image) -> Image.Image:
         size = self.image_size
         if self.tiling is not None:
             # OneVision pads pictures in company; NeXT squashes, as it does for the view beside the tiles
-            return self._padded(image) if self.tiling.square_in_company else image.resize((size, size), self._resample)
+            return self._padded(image) if self.tiling.square_in_company else resize(image, (size, size), self._resample)
         if self.square == "pad":
             return self._padded(image)
         if self.square == "squash":
-            return image.resize((size, size), self._resample)
+            return resize(image, (size, size), self._resample)
         width, height = image.size
         short = min(width, height)
         width, height = (size if side == short else int(size * side / short) for side in (width, height))
         left, top = (width - size) // 2, (height - size) // 2
-        return image.resize((width, height), self._resample).crop((left, top, left + size, top + size))
+        return resize(image, (width, height), self._resample).crop((left, top, left + size, top + size))
 
     def _padded(self, image: Image.Image) -> Image.Image:
         """The picture in the middle of a square of the mean colour, resized.

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sightline.errors import CheckpointError, RequestError
 from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
+from sightline.prompt.resize import resize
 from sightline.types import ImageRef
 
 # Values of the releases, for files that omit them.
@@ -102,7 +103,7 @@ class MllamaProcessor:
         """uint8 [rows * columns, tile_size, tile_size, 3]: resized, black below and to the right, cut row by row."""
         _, rows, columns = plan.grid
         tile = self.tile_size
-        resized = image.resize((plan.width, plan.height), Image.Resampling.BILINEAR)
+        resized = resize(image, (plan.width, plan.height), Image.Resampling.BILINEAR)
         canvas = np.zeros((rows * tile, columns * tile, 3), dtype=np.uint8)
         canvas[: plan.height, : plan.width] = np.asarray(resized)
         tiles = canvas.reshape(rows, tile, columns, tile, 3).transpose(0, 2, 1, 3, 4)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sightline.errors import CheckpointError, ImageError, RequestError
 from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
+from sightline.prompt.resize import resize
 from sightline.types import ImageRef
 
 _MAX_ASPECT_RATIO = 200
@@ -51,7 +52,7 @@ class Qwen2VLProcessor:
     def resize(self, image: Image.Image, plan: ImagePlan) -> np.ndarray:
         """Bicubic on uint8 RGB: [H, W, 3]."""
         if image.size != (plan.width, plan.height):
-            image = image.resize((plan.width, plan.height), Image.Resampling.BICUBIC)
+            image = resize(image, (plan.width, plan.height), Image.Resampling.BICUBIC)
         return np.asarray(image)
 
     def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:

@@ -117,7 +117,8 @@ class StepGraphs:
         self._newest = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._page_table = torch.zeros(sequences, max_pages, dtype=torch.int32, device=device)
         self._hidden = torch.zeros(self.token_sizes[-1], config.hidden_size, dtype=cache.k[0].dtype, device=device)
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._logits = torch.zeros(max(max_batch, max_running), config.vocab_size, dtype=torch.float32, device=device)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def _tiles_of(self, q_lens: Sequence[int]) -> int:
         return len(self._backend.plan_tiles(q_lens, q_lens, self._num_heads, self._cache))
@@ -141,13 +142,13 @@ class StepGraphs:
             self._compute(*key)
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=pool)
-            logits = self._compute(*key)
+            self._compute(*key)
             graph.capture_end()
-            self._graphs[key] = graph, logits
+            self._graphs[key] = graph
             on_progress((i + 1) / len(keys))
 
-    def _compute(self, tokens: int, sampled: int) -> Tensor:
-        """Logits float32 [sampled, V] of a mixed step, or [tokens, V] of a decode step (sampled is 0)."""
+    def _compute(self, tokens: int, sampled: int) -> None:
+        """The first `sampled` logits of a mixed step, or `tokens` of a decode step (sampled is 0)."""
         views = self._inputs.views
         sequences = sampled + _MAX_PROMPTS + 1 if sampled else tokens
         batch = AttentionBatch(
@@ -166,8 +167,8 @@ class StepGraphs:
         rows = views["sampled"][:sampled].long() if sampled else None
         ctx = ForwardContext(self._backend, self._cache, batch)
         hidden = self._model.forward(hidden, positions if self._model.uses_mrope else positions[0], ctx, rows)
-        logits: Tensor = self._model.logits(hidden)
-        return logits
+        # one place for all graphs: an output of their own would cost each its size
+        self._logits[: hidden.shape[0]].copy_(self._model.logits(hidden))
 
     def _ids(self, tokens: int) -> Tensor:
         places = self._inputs.views["places"][:tokens]
@@ -211,9 +212,8 @@ class StepGraphs:
             self._newest[: newest.shape[0]].copy_(newest)
         if sampled:
             self._hidden[:tokens].copy_(self._model.embed(self._ids(tokens), image_rows, features))
-        graph, logits = self._graphs[key]
-        graph.replay()
-        return logits[: len(step.sampled)]
+        self._graphs[key].replay()
+        return self._logits[: len(step.sampled)]
 
     @staticmethod
     def _pad(parts: dict[str, np.ndarray], num_rows: int, num_sequences: int) -> None:

@@ -22,7 +22,7 @@ A model class `M(nn.Module)` named in `registry.py` provides:
     forward(hidden, positions, ctx, rows)    hidden [T, hidden]; positions int64 [3, T] for multimodal rotary, [T] else;
                                              -> [T, hidden], normalised, ready for `logits`; with rows (int64 [S], optional)
                                              only these, [S, hidden]: a prompt's last layer need not finish all its tokens
-    logits(hidden)                           [S, hidden] -> float32 [S, vocab]
+    logits(hidden)                           [S, hidden] -> [S, vocab]
 
 Text-only models lack `encode_images`. A model whose pictures stand beside the text instead of in it also has
 

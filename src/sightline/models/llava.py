@@ -328,6 +328,6 @@ class LlavaForConditionalGeneration(nn.Module):
         return self.model(hidden, positions, ctx, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden] -> float32 [S, vocab]."""
+        """hidden [S, hidden] -> [S, vocab]."""
         head = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head
-        return head(hidden).float()
+        return head(hidden)

@@ -234,5 +234,5 @@ class MllamaForConditionalGeneration(nn.Module):
         return self.model(hidden, positions, ctx, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden] -> float32 [S, vocab]."""
-        return self.lm_head(hidden).float()
+        """hidden [S, hidden] -> [S, vocab]."""
+        return self.lm_head(hidden)

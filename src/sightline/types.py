@@ -7,7 +7,7 @@ The HTTP process sends `EngineRequest`, `PutPixels` and `Abort`; the engine proc
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -23,12 +23,22 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like. text: a JSON schema, a JSON list of choices, a regular expression, or a grammar in EBNF
+    (llama.cpp's GBNF) or in llguidance's Lark; empty for `json_object`. source: the request's field, for errors."""
+
+    kind: Literal["json_schema", "json_object", "choice", "regex", "ebnf", "lark"]
+    text: str = ""
+    source: str = "grammar"
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens. Ranges are checked by `validate`; the HTTP layer calls it before any work is spent.
 
     max_tokens: None means up to the context's end. temperature 0 is greedy. top_k 0 means off (-1 is accepted for off).
     logprobs: None is off, k >= 0 returns the chosen token's log-probability and the k most likely ones; they are taken
     from the model's own distribution, before penalties and temperature. n: answers for one prompt, one prefill for all.
+    grammar: what every answer must look like; `prompt.grammar.check_grammar` is its check.
     """
 
     max_tokens: int | None = None
@@ -49,6 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     logprobs: int | None = None
     n: int = 1
+    grammar: Grammar | None = None
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise `RequestError` naming the field that is out of range."""

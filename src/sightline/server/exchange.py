@@ -132,6 +132,9 @@ class Exchange(ABC):
             except ClientGone:
                 self._log("client gone")
                 return Response(status_code=499)
+            except (EngineError, OverloadedError, RequestError):
+                self._log("error")
+                raise
             self._log(self._finish)
             return Response(_json(self.body(outputs)), media_type="application/json")
 

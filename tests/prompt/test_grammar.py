@@ -71,6 +71,22 @@ def test_wrong_fields_are_named(fields: dict[str, Any], param: str, words: str) 
     assert caught.value.param == param
 
 
+def doubling(levels: int, wrap: str | None = None) -> dict[str, Any]:
+    """Each definition holds the next one twice."""
+    defs: dict[str, Any] = {f"d{levels}": {"type": "string", "pattern": "a+"}}
+    for i in range(levels):
+        ref: dict[str, Any] = {"$ref": f"#/$defs/d{i + 1}"}
+        defs[f"d{i}"] = {"allOf": [{"properties": {wrap: ref}} if wrap else ref] * 2}
+    return {"$ref": "#/$defs/d0", "$defs": defs}
+
+
+def chain(length: int, form: str) -> dict[str, Any]:
+    """Each definition is the next one."""
+    refs: list[dict[str, Any]] = [{"$ref": f"#/$defs/d{i + 1}"} for i in range(length)]
+    defs = {f"d{i}": {"allOf": [ref]} if form == "allOf" else ref for i, ref in enumerate(refs)}
+    return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{length}": {"type": "string"}}}
+
+
 @pytest.mark.parametrize(
     ("grammar", "words"),
     [
@@ -86,10 +102,25 @@ def test_wrong_fields_are_named(fields: dict[str, Any], param: str, words: str) 
         (Grammar("json_schema", json.dumps({"enum": list(range(20_000))})), "values"),
         (Grammar("json_schema", json.dumps({"description": "x" * 200_000})), "KiB"),
         (Grammar("json_schema", "false"), "an object"),
+        (Grammar("json_schema", json.dumps(doubling(20))), "merges"),
+        (Grammar("json_schema", json.dumps(doubling(20, "a"))), "merges"),
+        (Grammar("json_schema", json.dumps(chain(100, "plain"))), "leads through more"),
+        (Grammar("json_schema", json.dumps(chain(2000, "allOf"))), "too often"),
+        (Grammar("json_schema", '{"$ref": "#"}'), "back to itself"),
+        (
+            Grammar(
+                "json_schema",
+                '{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}',
+            ),
+            "back to itself",
+        ),
         (Grammar("regex", "(?=a)b"), "look-around"),
         (Grammar("regex", "(" * 5000), "regex"),
         (Grammar("ebnf", "root ::= other"), "other"),
         (Grammar("ebnf", "root ::= " + "(" * 5000), "cannot be used"),
+        (Grammar("ebnf", 'start: "a" <|im_end|>'), "names tokens"),
+        (Grammar("ebnf", "start: <[5]>"), "names tokens"),
+        (Grammar("ebnf", "start: <[*]>"), "names tokens"),
         (Grammar("lark", "start: other"), "other"),
         (Grammar("choice", "[]"), "non-empty"),
         (Grammar("choice", json.dumps([str(i) for i in range(2000)])), "choices"),
@@ -99,6 +130,21 @@ def test_bad_grammars_are_refused(grammar: Grammar, words: str) -> None:
     with pytest.raises(RequestError, match=words) as caught:
         check_grammar(grammar)
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, "grammar", "invalid_value")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("json_schema", json.dumps(doubling(5))),
+        Grammar(
+            "json_schema", '{"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}'
+        ),
+        Grammar("json_schema", '{"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "integer"}}}'),
+        Grammar("ebnf", 'start: "<|im_end|>"'),
+    ],
+)
+def test_what_only_looks_like_it_is_taken(grammar: Grammar) -> None:
+    assert check_grammar(grammar) is grammar
 
 
 def test_a_slow_check_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

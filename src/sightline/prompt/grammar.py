@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import unquote
 
 from llguidance import LLMatcher, LLParserLimits, grammar_from
 
@@ -19,6 +20,7 @@ MAX_BYTES = 128 * 1024
 MAX_DEPTH = 32
 MAX_NODES = 10_000
 MAX_CHOICES = 1_000
+MAX_MERGED = 20_000
 TIMEOUT = 2.0
 
 # Between the tokens of JSON: a space, or a new line and its indentation. Without a bound a model may write spaces for ever.
@@ -59,6 +61,8 @@ def check_grammar(grammar: Grammar) -> Grammar:
         is_error, messages = True, [str(error)]
     if is_error:
         raise _error(where, _told(messages[0]))
+    if grammar.kind == "ebnf" and any("no tokenizer" in message for message in messages):
+        raise _error(where, "names tokens of the vocabulary, such as <|end|> or <[5]>; write text")
     return grammar
 
 
@@ -95,6 +99,7 @@ def _check_schema(text: str, where: str) -> None:
         raise _error(where, "is not valid JSON, or nested too deeply") from error
     if not isinstance(schema, dict):
         raise _error(where, "must be a JSON schema: an object")
+    references = _References(schema, where)
     level, depth, nodes = [schema], 0, 0
     while level:
         depth, nodes = depth + 1, nodes + len(level)
@@ -106,12 +111,63 @@ def _check_schema(text: str, where: str) -> None:
             ref = each.get("$ref") if isinstance(each, dict) else None
             if isinstance(ref, str) and not ref.startswith("#"):
                 raise _error(where, f"has the $ref {ref[:80]!r} to another document; only # references are followed")
+            if isinstance(each, dict):
+                references.check(each)
         level = [
             value
             for each in level
             if isinstance(each, dict | list)
             for value in (each.values() if isinstance(each, dict) else each)
         ]
+
+
+class _References:
+    """Where `$ref` and `allOf` lead. llguidance multiplies out what they put into one place: a kilobyte can take it minutes."""
+
+    def __init__(self, schema: Any, where: str) -> None:
+        self._root = schema
+        self._where = where
+        self._sizes: dict[int, int] = {}
+
+    def check(self, node: dict[str, Any]) -> None:
+        """Raises `RequestError` for a place that contains itself, or in which too much comes together."""
+        seen, at = {id(node)}, self._target(node)
+        while at is not None:
+            if id(at) in seen:
+                raise _error(self._where, "has a $ref that leads back to itself")
+            seen.add(id(at))
+            if len(seen) > MAX_DEPTH:
+                raise _error(self._where, f"has a $ref that leads through more than {MAX_DEPTH} others")
+            at = self._target(at)
+        if isinstance(node.get("allOf"), list):
+            try:
+                size = self._size(node)
+            except RecursionError as error:
+                raise _error(self._where, "refers from one part to the next too often; make it simpler") from error
+            if size > MAX_MERGED:
+                raise _error(self._where, f"merges more than {MAX_MERGED} values by allOf; make it simpler")
+
+    def _size(self, node: Any) -> int:
+        """Values below a node, those that it refers to included each time."""
+        if not isinstance(node, dict | list):
+            return 1
+        if id(node) not in self._sizes:
+            self._sizes[id(node)] = 1  # what a recursive schema finds of itself
+            below = list(node.values()) if isinstance(node, dict) else node
+            target = self._target(node)
+            self._sizes[id(node)] = 1 + sum(map(self._size, [*below, target]))
+        return self._sizes[id(node)]
+
+    def _target(self, node: Any) -> Any:
+        """What the node's `$ref` points to, or None."""
+        ref = node.get("$ref") if isinstance(node, dict) else None
+        if not isinstance(ref, str) or not ref.startswith("#"):
+            return None
+        at = self._root
+        for name in ref[1:].split("/")[1:]:
+            key = unquote(name).replace("~1", "/").replace("~0", "~")
+            at = at.get(key) if isinstance(at, dict) else None
+        return at
 
 
 def _check_choices(text: str, where: str) -> None:

@@ -105,7 +105,13 @@ class ServerConfig(EngineConfig):
         None,
         "Name of a built-in template, a .jinja file, or a .json file in SGLang's form; the checkpoint's by default.",
     )
-    api_key: tuple[str, ...] = setting((), "Key that clients must send; may be given several times.")
+    api_key: tuple[str, ...] = setting(
+        (), "Key that clients must send; may be given several times. Each key is a tenant with caches of its own."
+    )
+    api_key_file: str | None = setting(None, "File of keys, one a line, which the list of processes does not show.")
+    admin_api_key: tuple[str, ...] = setting(
+        (), "Key of operators; without one, the routes that control the server do not exist."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe lines of the log.")
     log_format: Literal["text", "json"] = setting("text", "`json` writes one object a line.")
     allowed_media_domains: tuple[str, ...] = setting(
@@ -120,7 +126,21 @@ class ServerConfig(EngineConfig):
     media_redirects: int = setting(3, "Redirects followed for a picture; each is checked like the first URL.", ge=0)
     max_body_mb: float = setting(32.0, "Megabytes of one request's body.", gt=0)
     max_queued_requests: int = setting(512, "Requests in flight before new ones are answered 503.", ge=1)
+    max_queued_tokens: int | None = setting(
+        None, "Prompt tokens in flight before new requests are answered 503; unbounded by default.", ge=1
+    )
+    max_queued_mb: float = setting(1024.0, "Megabytes of bodies and encoded pictures in flight, likewise.", gt=0)
+    queue_timeout: float = setting(60.0, "Seconds that a request may wait for its turn.", gt=0)
     request_timeout: float = setting(600.0, "Seconds before a request is ended.", gt=0)
+    client_timeout: float = setting(
+        60.0, "Seconds that a client may take to send a request, or to read on when the answer waits for it.", gt=0
+    )
+    stream_keep_alive: float = setting(
+        15.0, "Seconds of silence before a stream gets a comment line; 0 sends none.", ge=0
+    )
+    stall_timeout: float | None = setting(
+        None, "Seconds that a busy engine may be silent before it is ended; 60 on a GPU, 600 on a CPU by default.", gt=0
+    )
     drain_timeout: float = setting(30.0, "Seconds that running requests get after SIGTERM.", ge=0)
 
     def engine_config(self) -> EngineConfig:
@@ -266,6 +286,6 @@ def _read_file(cls: type[BaseModel], path: Path, parser: argparse.ArgumentParser
 
 def dump_public(config: ServerConfig) -> dict[str, Any]:
     """The configuration without keys and without this machine's paths, for /server_info."""
-    paths = {"model", "download_dir", "chat_template", "allowed_local_media_path"}
-    values: dict[str, Any] = json.loads(config.model_dump_json(exclude={"api_key", *paths}))
+    paths = {"model", "download_dir", "chat_template", "allowed_local_media_path", "api_key_file"}
+    values: dict[str, Any] = json.loads(config.model_dump_json(exclude={"api_key", "admin_api_key", *paths}))
     return {**values, "num_api_keys": len(config.api_key)}

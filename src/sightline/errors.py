@@ -9,6 +9,7 @@
     +-- EngineError                   the server's fault while serving one request
     |   +-- EngineDeadError           the engine process is gone; nothing can be served any more
     +-- StartupError                  the server cannot start; carries the exit code of the command
+        +-- SettingError              exit 2: a setting that cannot be used
         +-- ModelNotFoundError        exit 3: missing, gated or unsupported model
         +-- CheckpointError           exit 3: config or weights that cannot be loaded; names the key
         +-- OutOfMemoryError          exit 4: does not fit; names the flag that makes it fit
@@ -89,6 +90,12 @@ class StartupError(SightlineError):
     """The command cannot start; `exit_code` is its process exit status."""
 
     exit_code = 1
+
+
+class SettingError(StartupError):
+    """A setting that was read and cannot be used; the message names the flag."""
+
+    exit_code = 2
 
 
 class ModelNotFoundError(StartupError):

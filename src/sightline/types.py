@@ -14,13 +14,14 @@ import numpy as np
 
 
 class FinishReason(enum.StrEnum):
-    """How a choice ended. `stop`, `length` and `tool_calls` are OpenAI's; the other two never reach a 200 answer."""
+    """How a choice ended. `stop`, `length` and `tool_calls` are OpenAI's; the others never reach a 200 answer."""
 
     STOP = "stop"
     LENGTH = "length"
     TOOL_CALLS = "tool_calls"
     ABORT = "abort"
     ERROR = "error"
+    TIMEOUT = "timeout"
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -124,6 +125,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag=True):
     input_ids: int32 little-endian bytes, length 4 L. positions: int32 bytes of shape [3, L] (multimodal rotary), or
     empty for 0..L-1. position_delta: rotary position of token i >= L is i + position_delta. cache_salt: the tenant;
     prefixes are shared only under an equal salt. pixels: buffers of the pictures that the sender believes unknown.
+    max_wait: seconds after which a request that has not begun ends with `FinishReason.TIMEOUT`.
     """
 
     request_id: str
@@ -134,6 +136,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag=True):
     images: tuple[ImageRef, ...] = ()
     pixels: tuple[PixelBuffer, ...] = ()
     cache_salt: bytes = b""
+    max_wait: float = float("inf")
 
 
 class PutPixels(msgspec.Struct, tag=True):

@@ -11,7 +11,7 @@ from typing import Any
 import requests
 
 from tests.server.conformance import PICTURE_TOKENS, PNG, WORKS, Api, accepted, refused, row
-from tests.server.conftest import ask, data_url, image_part, picture
+from tests.server.conftest import OPERATOR, ask, data_url, image_part, picture
 
 COMPLETIONS, RESPONSES, EVENTS = "Completions", "Responses", "Responses: stream"
 MODELS, TOKENS, GENERATE, CONTROL = "Models", "Token counts", "SGLang: /generate", "SGLang: control and information"
@@ -499,18 +499,20 @@ def _(api: Api) -> None:
     assert requests.get(f"{api.url}/server_info", timeout=10).json()["engine"]["finished"] == before + 1
 
 
-@row(CONTROL, "/flush_cache", WORKS, "GET or POST; what running requests use stays")
+@row(CONTROL, "/flush_cache", WORKS, "GET or POST, with `--admin-api-key`; what running requests use stays")
 def _(api: Api) -> None:
     messages = ask(image_part(77), "a prompt that is long enough to fill a page or two of the cache")
     api.chat(messages=messages)
     assert api.chat(messages=messages)["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     for method in (requests.get, requests.post):
-        assert method(f"{api.url}/flush_cache", timeout=10).status_code == 200
+        assert method(f"{api.url}/flush_cache", timeout=10).status_code == 401
+        assert method(f"{api.url}/flush_cache", headers=OPERATOR, timeout=10).status_code == 200
         assert api.chat(messages=messages)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
-@row(CONTROL, "/abort_request", WORKS, "by rid or by the answer's id, or abort_all; an unknown one is no error")
+@row(CONTROL, "/abort_request", WORKS, "by rid or by the answer's id; abort_all with `--admin-api-key`")
 def _(api: Api) -> None:
     assert api.ok("/abort_request", rid="nobody") == {"aborted": 0}
-    assert api.ok("/abort_request", abort_all=True) == {"aborted": 0}
+    assert api.post("/abort_request", {"abort_all": True}).status_code == 401
+    assert api.post("/abort_request", {"abort_all": True}, headers=OPERATOR).json() == {"aborted": 0}
     api.refused("rid", "/abort_request")

@@ -13,10 +13,14 @@ from PIL import Image
 from tests import tiny
 from tests.servers import ServerProcess
 
+OPERATOR = {"Authorization": "Bearer operator"}
+
 
 @pytest.fixture(scope="session")
 def tiny_process() -> Iterator[ServerProcess]:
-    with ServerProcess([str(tiny.qwen2_vl()), "--served-model-name", "tiny", "--allow-private-media"]) as process:
+    with ServerProcess(
+        [str(tiny.qwen2_vl()), "--served-model-name", "tiny", "--allow-private-media", "--admin-api-key", "operator"]
+    ) as process:
         process.wait_ready()
         yield process
         assert process.running, f"the server died during the tests:\n{process.log()}"

@@ -19,7 +19,8 @@ assert conformance_others
 def api() -> Iterator[Api]:
     """Its own server: `detail` shows only where a picture may have more than 512 x 512 pixels."""
     model = tiny.qwen2_vl(max_pixels=1024 * 1024)
-    with ServerProcess([str(model), "--served-model-name", "tiny", "--allow-private-media"]) as process:
+    flags = ["--served-model-name", "tiny", "--allow-private-media", "--admin-api-key", "operator"]
+    with ServerProcess([str(model), *flags]) as process:
         process.wait_ready()
         yield Api(process.base_url)
         assert process.terminate() == 0

@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol, Self
 
+import msgspec
 import numpy as np
 
 from sightline.config import EngineConfig
@@ -34,6 +37,7 @@ from sightline.errors import (
     OutOfMemoryError,
     StartupError,
 )
+from sightline.prompt.caller import caller
 from sightline.prompt.pipeline import Picture, Prompt, PromptPipeline
 from sightline.types import (
     Abort,
@@ -56,6 +60,8 @@ from sightline.types import (
     ids_to_bytes,
 )
 
+logger = logging.getLogger("sightline.server")
+
 _KNOWN_PICTURES = 100_000
 
 
@@ -66,11 +72,17 @@ class Transport(Protocol):
 
     def send(self, message: ToEngine) -> None: ...
 
+    def kill(self) -> None: ...
+
     async def close(self) -> None: ...
 
 
 class AsyncEngine:
-    """One engine and the requests in flight on it. All methods belong to one event loop."""
+    """One engine and the requests in flight on it. All methods belong to one event loop.
+
+    stall_timeout: seconds of silence after which an engine that has work is taken for dead and ended; by default, what
+    suits the device. queue_timeout: seconds that a request may wait for its turn.
+    """
 
     def __init__(
         self,
@@ -78,10 +90,16 @@ class AsyncEngine:
         model_dir: Path,
         *,
         in_process: bool = False,
+        stall_timeout: float | None = None,
+        queue_timeout: float = float("inf"),
         log_level: str = "info",
         log_format: str = "text",
     ) -> None:
         self.stats = EngineStats()
+        self._stall_timeout = stall_timeout
+        self._queue_timeout = queue_timeout
+        self._heard = time.monotonic()
+        self._ended: Exception | None = None
         self._run_dir = Path(
             tempfile.mkdtemp(prefix="sightline-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         )
@@ -91,6 +109,7 @@ class AsyncEngine:
             else _ProcessTransport(config, model_dir, self._run_dir, log_level, log_format)
         )
         self._serial = itertools.count()
+        self._supplying = 0
         self._flights: dict[str, Answer] = {}
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,18 +129,51 @@ class AsyncEngine:
         await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         if self._dead.done():
             raise self._dead.result()
-        return self._ready.result()
+        ready = self._ready.result()
+        if self._stall_timeout is None:
+            self._stall_timeout = 600.0 if ready.plan.device == "cpu" else 60.0
+        self._keep(self._watch(self._stall_timeout))
+        return ready
 
     async def wait_dead(self) -> StartupError | EngineDeadError:
         """Wait until the engine ends without having been asked to."""
         assert self._dead is not None, "start() first"
         return await asyncio.shield(self._dead)
 
+    @property
+    def stalled(self) -> bool:
+        """The engine has work and has been silent for so long that it will probably be ended."""
+        return self._stall_timeout is not None and self._silence() > min(20.0, self._stall_timeout / 2)
+
+    def _silence(self) -> float:
+        """Seconds without a sign of life from an engine that has work; it sends several a second while it steps."""
+        waits_for_us = self._supplying > 0
+        return time.monotonic() - self._heard if self._flights and not waits_for_us else 0.0
+
+    async def _watch(self, limit: float) -> None:
+        while (left := limit - self._silence()) > 0:  # noqa: ASYNC110 (silence grows by itself: there is no event)
+            await asyncio.sleep(min(left, 1.0))
+        logger.error("the engine has given no sign of life for %g s with requests in flight; it is ended", limit)
+        self._fatal = Fatal(7, f"no sign of life for {limit:g} s (--stall-timeout)")
+        self._transport.kill()
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def end_all(self, error: Exception) -> None:
+        """Fail the requests in flight and every later one with `error`."""
+        self._ended = error
+        self._fail_flights(error)
+
     async def close(self) -> None:
         """End the engine; requests in flight fail. Safe to call twice."""
         if self._closing:
             return
         self._closing = True
+        for task in self._tasks:
+            task.cancel()
         await self._transport.close()
         self._fail_flights(EngineDeadError("the engine was closed"))
         shutil.rmtree(self._run_dir, ignore_errors=True)
@@ -135,7 +187,6 @@ class AsyncEngine:
         *,
         pipeline: PromptPipeline,
         request_id: str,
-        cache_salt: bytes = b"",
     ) -> Answer:
         """Decode what the engine does not know, send the request, and return its answer-to-be, to be closed by the caller.
 
@@ -146,6 +197,8 @@ class AsyncEngine:
         self._check_alive()
         assert request_id not in self._flights
         answer = Answer(self, prompt, sampling, pipeline, request_id)
+        if not self._flights:
+            self._heard = time.monotonic()
         self._flights[request_id] = answer
         self._transport.send(
             EngineRequest(
@@ -156,7 +209,8 @@ class AsyncEngine:
                 position_delta=prompt.position_delta,
                 images=prompt.images,
                 pixels=self._write(pixels),
-                cache_salt=cache_salt,
+                cache_salt=caller().salt,
+                max_wait=self._queue_timeout,
             )
         )
         for digest in prompt.pictures:
@@ -190,16 +244,21 @@ class AsyncEngine:
         flight = self._flights.get(message.request_id)
         if flight is None:
             return
+        self._supplying += 1
         try:
             pixels = await self._decode(flight.pipeline, [flight.prompt.pictures[d] for d in message.digests])
         except Exception as error:
             flight.events.put_nowait(error)
             return
+        finally:
+            self._supplying -= 1
+            self._heard = time.monotonic()
         self._transport.send(PutPixels(self._write(pixels)))
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def _on_messages(self, messages: Sequence[FromEngine]) -> None:
+        self._heard = time.monotonic()
         for message in messages:
             match message:
                 case TokenEvent():
@@ -209,9 +268,7 @@ class AsyncEngine:
                 case EngineStats():
                     self.stats = message
                 case NeedPixels():
-                    task = asyncio.get_running_loop().create_task(self._supply(message))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._keep(self._supply(message))
                 case LoadProgress():
                     self._on_progress(message)
                 case Ready():
@@ -234,6 +291,8 @@ class AsyncEngine:
             flight.events.put_nowait(error)
 
     def _check_alive(self) -> None:
+        if self._ended is not None:
+            raise self._ended
         if self._closing or (self._dead is not None and self._dead.done()):
             raise EngineDeadError("the engine is not running")
 
@@ -341,11 +400,22 @@ class _ProcessTransport:
 
     async def _read(self, on_message: Callable[[Sequence[FromEngine]], None]) -> None:
         while True:
-            on_message(decode_from_engine(await self._socket.recv()))
+            data = await self._socket.recv()
+            try:
+                messages = decode_from_engine(data)
+            except msgspec.MsgspecError as error:
+                logger.error("a message of %d bytes is none of ours and was dropped: %s", len(data), error)
+                continue
+            on_message(messages)
 
     def send(self, message: ToEngine) -> None:
         # With no high-water mark a send never waits, so the future is done when it is returned.
         self._socket.send(encode_message([message]))
+
+    def kill(self) -> None:
+        """End the process at once, also one that is stopped."""
+        if self._process is not None:
+            self._process.kill()
 
     async def close(self) -> None:
         process = self._process
@@ -384,6 +454,9 @@ class _ThreadTransport:
 
     def send(self, message: ToEngine) -> None:
         self._inbox.put(message)
+
+    def kill(self) -> None:
+        """A thread cannot be ended; its process is the caller's own."""
 
     async def close(self) -> None:
         if self._thread is not None and self._thread.is_alive():

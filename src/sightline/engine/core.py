@@ -94,6 +94,7 @@ class EngineCore:
         self.stalled = False
         self._requests: dict[tuple[str, int], Request] = {}
         self._flight: _Flight | None = None
+        self._clock = clock
         self._log = _StepLog(scheduler, decode_log_interval, clock)
 
     @property
@@ -124,6 +125,7 @@ class EngineCore:
                 images=message.images,
                 cache_salt=message.cache_salt,
                 leader=leader,
+                start_by=self._clock() + message.max_wait,
             )
             leader = leader or request
             self._requests[request.request_id, index] = request
@@ -138,6 +140,16 @@ class EngineCore:
         """End a request, or one choice of it, in whatever state it is. Unknown and finished ones are ignored."""
         keys = [k for k in self._requests if k[0] == request_id and index in (None, k[1])]
         return [self._finish(self._requests[key], FinishReason.ABORT) for key in keys]
+
+    def expire(self) -> list[TokenEvent]:
+        """End requests that have waited too long for their turn; one that was set back has had it."""
+        now = self._clock()
+        late = {
+            r.request_id
+            for r in self.scheduler.waiting
+            if r.start_by < now and r.leader is None and not r.output_ids and not r.num_retractions
+        }
+        return [self._finish(r, FinishReason.TIMEOUT) for r in [*self._requests.values()] if r.request_id in late]
 
     def _finish(self, request: Request, reason: FinishReason, **fields: Any) -> TokenEvent:
         del self._requests[request.request_id, request.index]

@@ -163,11 +163,15 @@ class _Loop:
             self._core.put_pixels(buffer.digest, read_pixels(self._run_dir, buffer, self._core.runner.new_pixels))
 
     def _send(self, events: Sequence[FromEngine]) -> None:
-        """Events, preceded by a snapshot when something ended, so that who sees an answer's end sees its counts."""
+        """Events, preceded by a snapshot when something ended, so that who sees an answer's end sees its counts.
+
+        While there is work, the snapshots are also the sign of life that the HTTP process waits for.
+        """
         ended = any(isinstance(e, TokenEvent) and e.finish_reason is not None for e in events)
         now = time.monotonic()
         if ended or now - self._stats_sent > STATS_INTERVAL:
             self._stats_sent = now
+            events = [*events, *self._core.expire()]
             events = [self._core.snapshot(), *events]
         if events:
             self._connection.send(events)

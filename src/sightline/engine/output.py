@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from sightline.errors import EngineError
+from sightline.errors import EngineError, OverloadedError
 from sightline.prompt.detokenizer import Detokenizer
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
@@ -107,9 +107,17 @@ class RequestDecoder:
         return aborts
 
     def push(self, event: TokenEvent) -> OutputDelta | None:
-        """The event as text; None for a choice that has ended. Raises `EngineError` for a failed or aborted one."""
+        """The event as text; None for a choice that has ended.
+
+        Raises `EngineError` for a failed or aborted one, and `OverloadedError` for one whose turn never came.
+        """
         if event.index not in self._live:
             return None
+        if event.finish_reason is FinishReason.TIMEOUT:
+            self._live.clear()
+            raise OverloadedError(
+                "The server is busy: the request's turn did not come in time.", code="queue_timeout", retry_after=5
+            )
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             self._live.discard(event.index)
             raise EngineError(event.error or "the request was aborted")

@@ -7,12 +7,15 @@ and, for moments, pixel files. Nothing listens on a network.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from sightline.config import EngineConfig
@@ -20,6 +23,8 @@ from sightline.engine.loop import run_engine
 from sightline.errors import StartupError
 from sightline.logging import setup_logging
 from sightline.types import Fatal, FromEngine, Shutdown, ToEngine, decode_to_engine, encode_message
+
+logger = logging.getLogger("sightline.engine")
 
 SOCKET = "engine.sock"
 _PARENT_POLL_MS = 1000
@@ -42,14 +47,23 @@ class ZmqConnection:
         while True:
             wait = _PARENT_POLL_MS if timeout is None and not messages else 0
             if self._socket.poll(wait):
-                messages += decode_to_engine(self._socket.recv())
-            elif os.getppid() != self._parent:
+                data = self._socket.recv()
+                try:
+                    messages += decode_to_engine(data)
+                except msgspec.MsgspecError as error:
+                    logger.error("a message of %d bytes is none of ours and was dropped: %s", len(data), error)
+            elif self.orphaned:
                 return [Shutdown()]
             elif messages or timeout is not None:
                 return messages
 
     def send(self, messages: Sequence[FromEngine]) -> None:
         self._socket.send(encode_message(list(messages)))
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the parent has gone."""
+        return os.getppid() != self._parent
 
     def close(self) -> None:
         """Flush what was sent (at most a second) and close."""
@@ -76,6 +90,9 @@ def main() -> int:
         raise
     finally:
         connection.close()
+        if connection.orphaned:
+            # Nobody else is left to do it.
+            shutil.rmtree(run_dir, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class Request:
     pages: physical pages, in order; the first `num_tree_pages` belong to the prefix cache (held by a lock on `node`), the
     rest to this request. pinned: digests of the pictures whose features this request holds in the vision cache.
     leader: the first choice of the same request; this one waits until the leader's prompt is in the prefix cache.
+    start_by: when the request ends with a timeout if it has not begun.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class Request:
     images: tuple[ImageRef, ...] = ()
     cache_salt: bytes = b""
     leader: Request | None = None
+    start_by: float = float("inf")
 
     output_ids: list[int] = field(default_factory=list)
     num_in_flight: int = 0

@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sightline.errors import ImageError
+from sightline.prompt.caller import caller
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _MAGIC = (
@@ -195,8 +196,10 @@ class MediaLoader:
         if declared.isdigit() and int(declared) > limit:
             raise self._too_large()
         body = bytearray()
+        who = caller()
         async for chunk in response.aiter_stream():
             body += chunk
+            who.hold(len(chunk))
             if len(body) > limit:
                 raise self._too_large()
         return bytes(body)

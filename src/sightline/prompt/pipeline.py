@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
+import os
 import secrets
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from sightline.errors import ContextLengthError, ImageError, ModelNotFoundError, RequestError
 from sightline.prompt import media
+from sightline.prompt.caller import caller
 from sightline.prompt.chat_template import ChatTemplate, Rendered, Shield, load_source
 from sightline.prompt.media import MediaLimits, MediaLoader
 from sightline.prompt.processor import (
@@ -34,6 +38,8 @@ from sightline.registry import FAMILIES
 from sightline.types import ImageRef
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _KNOWN_SIZES = 100_000
 # What one pixel takes while a picture is decoded: 4 bytes as Pillow holds it, and as much for a converted copy.
@@ -73,25 +79,56 @@ class Prompt:
 
 
 class DecodeBudget:
-    """Bounds the pixel bytes being decoded at once; a picture larger than the whole budget waits to be alone."""
+    """Bounds the pixel bytes being decoded at once, in threads of its own, first come first served.
+
+    A picture larger than the whole budget waits to be alone. One event loop's.
+    """
 
     def __init__(self, total: int) -> None:
-        self._total = total
-        self._used = 0
-        self._freed = asyncio.Condition()
+        self._total = self._free = total
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+        # Not the default threads: text must not wait for pictures.
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "sightline-decoder")
 
-    async def run(self, num_bytes: int, function: Any, *args: Any) -> Any:
+    async def run(self, num_bytes: int, function: Callable[..., T], *args: Any) -> T:
         """Run `function` in a worker thread while holding `num_bytes` of the budget."""
+        loop = asyncio.get_running_loop()
         share = min(num_bytes, self._total)
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._used + share <= self._total)
-            self._used += share
+        await self._take(share)
+
+        def done(work: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+                loop.call_soon_threadsafe(self._give, share)
+
+        # The caller's going does not stop a thread that runs: the share is free when the thread is.
+        work = self._threads.submit(function, *args)
+        work.add_done_callback(done)
+        return await asyncio.wrap_future(work)
+
+    async def _take(self, share: int) -> None:
+        if not self._queue and share <= self._free:
+            self._free -= share
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((share, turn))
         try:
-            return await asyncio.to_thread(function, *args)
-        finally:
-            async with self._freed:
-                self._used -= share
-                self._freed.notify_all()
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._give(share)
+            raise
+
+    def _give(self, share: int) -> None:
+        self._free += share
+        while self._queue and (self._queue[0][1].cancelled() or self._queue[0][0] <= self._free):
+            share, turn = self._queue.popleft()
+            if not turn.cancelled():
+                self._free -= share
+                turn.set_result(None)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _Source(NamedTuple):
@@ -174,8 +211,9 @@ class PromptPipeline:
         return ids.count(self.processor.image_token_id) == 1
 
     async def close(self) -> None:
-        """Close the media client."""
+        """Close the media client and the decoding threads."""
         await self.media.close()
+        self._budget.close()
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
@@ -188,11 +226,10 @@ class PromptPipeline:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         limits: PixelLimits = PixelLimits(),
-        salt: bytes = b"",
     ) -> Prompt:
         """OpenAI messages to a prompt. Raises `RequestError` and its kinds, naming the field."""
         plain, sources = self._split(messages, limits)
-        pictures = await self._identify(sources, salt)
+        pictures = await self._identify(sources)
 
         def build() -> Prompt:
             rendered = self.template_for(plain, tools).render(
@@ -211,7 +248,6 @@ class PromptPipeline:
         prompt: str | Sequence[int],
         images: Sequence[Any] = (),
         *,
-        salt: bytes = b"",
         trusted: bool = True,
         limits: PixelLimits = PixelLimits(),
         images_param: str = "images",
@@ -221,7 +257,7 @@ class PromptPipeline:
         trusted: special tokens written in the prompt count as such. images_param: what errors call the pictures.
         """
         sources = [_Source(image, limits, f"{images_param}[{i}]") for i, image in enumerate(images)]
-        pictures = await self._identify(sources, salt)
+        pictures = await self._identify(sources)
 
         def build() -> Prompt:
             ids = self.encode(prompt, trusted=trusted, add_bos=False) if isinstance(prompt, str) else list(prompt)
@@ -333,7 +369,7 @@ class PromptPipeline:
         bounds = [b for b in (limits.max_pixels, ours.max_pixels) if b is not None]
         return PixelLimits(limits.min_pixels, min(bounds) if bounds else None, ours.single)
 
-    async def _identify(self, sources: list[_Source], salt: bytes) -> list[Picture]:
+    async def _identify(self, sources: list[_Source]) -> list[Picture]:
         """Fetch and probe all pictures at once; the first error ends the others."""
         if not sources:
             return []
@@ -363,7 +399,7 @@ class PromptPipeline:
                     param="messages",
                     status=413,
                 )
-            return await self._picture(source, data, salt)
+            return await self._picture(source, data, caller().salt)
 
         tasks = [asyncio.ensure_future(picture(source)) for source in sources]
         try:

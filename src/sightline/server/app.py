@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import asyncio
 import logging
+import math
 import re
 import time
 import uuid
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sightline import __version__
 from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
+from sightline.prompt.caller import set_caller
 from sightline.server import chat, completions, native, openapi, probes, responses, tokenize
+from sightline.server.admission import Call, note
 from sightline.server.errors import error_response
 from sightline.server.lifecycle import Lifecycle
 
@@ -44,6 +47,7 @@ def create_app(lifecycle: Lifecycle) -> ASGIApp:
 async def _on_known_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, EngineError):
         logger.error("a request failed in the engine: %s", error)
+    note(error)
     return error_response(error)
 
 
@@ -55,26 +59,27 @@ async def _on_unknown_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
-    if error.status_code == 404:
-        return error_response(NotFoundError(f"Unknown URL: {request.method} {path}.", code="unknown_url"))
     message = f"{request.method} is not allowed for {path}." if error.status_code == 405 else str(error.detail)
-    response = error_response(RequestError(message, code="method_not_allowed", status=error.status_code))
+    known = RequestError(message, code="method_not_allowed", status=error.status_code)
+    if error.status_code == 404:
+        known = NotFoundError(f"Unknown URL: {request.method} {path}.", code="unknown_url")
+    note(known)
+    response = error_response(known)
     response.headers.update(error.headers or {})
     return response
 
 
 class Edge:
-    """Request ids, timing, keys, the readiness gate and the body limit, in one pass and before any route."""
+    """Request ids, timing, keys, the readiness gate, admission and the body limits, in one pass and before any route."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
         self._app = app
         self._lifecycle = lifecycle
-        self._keys = [_digest(key.encode()) for key in lifecycle.config.api_key]
         self._max_body = int(lifecycle.config.max_body_mb * 1e6)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            # There are no WebSockets here.
             return
         started = time.monotonic()
         # "/v1//models" comes from base URLs that end in a slash.
@@ -100,10 +105,12 @@ class Edge:
             await send(message)
 
         try:
-            if path not in probes.OPEN_PATHS:
-                self._authorize(headers.get(b"authorization", b""))
-                self._lifecycle.require_ready()
-            await self._app(scope, self._limited(receive, headers), send_with_headers)
+            if path in probes.OPEN_PATHS:
+                await self._app(scope, receive, send_with_headers)
+            else:
+                await self._admitted(scope, headers, receive, send_with_headers)
+        except ClientDisconnect:
+            logger.info("%s: the client went away before its request was complete", request_id)
         except Exception as error:
             if not isinstance(error, RequestError | OverloadedError):
                 logger.exception("request %s failed", request_id)
@@ -111,33 +118,45 @@ class Edge:
                 return
             await error_response(error)(scope, receive, send_with_headers)
 
-    def _authorize(self, header: bytes) -> None:
-        if not self._keys:
+    async def _admitted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        salt, is_admin = self._lifecycle.keys.open(headers)
+        admission = self._lifecycle.admission
+        call = Call(admission, salt, is_admin=is_admin, timeout=_timeout(headers))
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            self._lifecycle.require_ready()
+            set_caller(call)
+            await self._app(scope, receive, send)
             return
-        scheme, _, token = header.partition(b" ")
-        digest = _digest(token.strip())
-        # Every key is compared, so that time tells nothing about which one matched.
-        matches = [hmac.compare_digest(digest, key) for key in self._keys]
-        if scheme.lower() != b"bearer" or not any(matches):
-            raise RequestError(
-                "Incorrect API key provided. Send one of the server's keys as 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-                status=401,
-            )
+        with admission.call(call):
+            self._lifecycle.require_ready()
+            if not is_admin:
+                admission.require_room()
+            await self._app(scope, self._limited(receive, headers, call), send)
 
-    def _limited(self, receive: Receive, headers: dict[bytes, bytes]) -> Receive:
+    def _limited(self, receive: Receive, headers: dict[bytes, bytes], call: Call) -> Receive:
+        """`receive` with the limits on a body: its size, its time, and the bytes of all calls together."""
         declared = headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._max_body:
             raise self._body_too_large()
-        size = 0
+        loop = asyncio.get_running_loop()
+        seconds = self._lifecycle.config.client_timeout
+        deadline: float | None = loop.time() + seconds
 
         async def limited() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise RequestError(
+                    f"The body did not arrive within {seconds:g} seconds.", code="request_too_slow", status=408
+                ) from error
             if message["type"] == "http.request":
-                size += len(message.get("body", b""))
-                if size > self._max_body:
+                call.hold(len(message.get("body", b"")))
+                if deadline is not None and call.num_bytes > self._max_body:
                     raise self._body_too_large()
+                if not message.get("more_body"):
+                    deadline = None
             return message
 
         return limited
@@ -151,5 +170,15 @@ class Edge:
         )
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _timeout(headers: dict[bytes, bytes]) -> float:
+    """`x-request-timeout`: the client's own deadline, which can only shorten the server's."""
+    given = headers.get(b"x-request-timeout")
+    if given is None:
+        return math.inf
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise RequestError("x-request-timeout must be a number of seconds above 0.", param="x-request-timeout")
+    return seconds

@@ -20,12 +20,14 @@ from starlette.responses import Response
 from sightline.engine.client import Answer
 from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
 from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
+from sightline.prompt.caller import caller
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.tokenizer import Tokenizer
+from sightline.server.admission import Call, ClientGone, note
 from sightline.server.errors import error_body
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import StreamOptions
-from sightline.server.sse import ClientGone, EventStream, until_client_goes
+from sightline.server.sse import EventStream, until_client_goes
 from sightline.types import FinishReason, SamplingParams, TokenLogprob
 
 logger = logging.getLogger("sightline.access")
@@ -79,9 +81,13 @@ class Exchange(ABC):
         self.sampling = sampling
         self.tokenizer = lifecycle.pipeline.tokenizer
         self.created = int(time.time())
+        self.tenant = caller().salt
         self.answers: list[Answer] = []
         self._started = time.monotonic()
-        self._deadline = asyncio.get_running_loop().time() + lifecycle.config.request_timeout
+        self._timeout = lifecycle.config.request_timeout
+        if isinstance(who := caller(), Call):
+            self._timeout = min(self._timeout, who.timeout)
+        self._deadline = asyncio.get_running_loop().time() + self._timeout
         self._first_token: float | None = None
         self._num_cached = [0] * len(sampling)
         self._num_completion = 0
@@ -127,9 +133,13 @@ class Exchange(ABC):
             try:
                 await until_client_goes(request.receive, self._submit(stack))
                 if stream:
-                    return EventStream(self._logged_events(), stack.pop_all(), named=self.named_events)
+                    keep_alive = self.lifecycle.config.stream_keep_alive
+                    return EventStream(
+                        self._logged_events(), stack.pop_all(), named=self.named_events, keep_alive=keep_alive
+                    )
                 outputs = await until_client_goes(request.receive, self._collect())
-            except ClientGone:
+            except ClientGone as error:
+                note(error)
                 self._log("client gone")
                 return Response(status_code=499)
             except (EngineError, OverloadedError, RequestError):
@@ -156,8 +166,9 @@ class Exchange(ABC):
         self._fail(_Aborted())
 
     def _too_late(self) -> OverloadedError:
-        timeout = self.lifecycle.config.request_timeout
-        return OverloadedError(f"The request was not finished within {timeout:g} seconds.", code="request_timeout")
+        return OverloadedError(
+            f"The request was not finished within {self._timeout:g} seconds.", code="request_timeout", status=504
+        )
 
     def _fail(self, error: Exception) -> None:
         """Raised by `deltas` after what has come already; one timer for a call costs less than one for each delta."""
@@ -168,7 +179,10 @@ class Exchange(ABC):
         pipeline, engine = self.lifecycle.pipeline, self.lifecycle.engine
         try:
             async with asyncio.timeout_at(self._deadline):
-                for i, (prompt, sampling) in enumerate(zip(await self.prompts(), self.sampling, strict=True)):
+                prompts = await self.prompts()
+                if isinstance(who := caller(), Call):
+                    who.hold_tokens(sum(len(prompt.input_ids) for prompt in prompts))
+                for i, (prompt, sampling) in enumerate(zip(prompts, self.sampling, strict=True)):
                     request_id = self.request_id if len(self.sampling) == 1 else f"{self.request_id}-{i}"
                     answer = await engine.submit(prompt, sampling, pipeline=pipeline, request_id=request_id)
                     self.answers.append(stack.enter_context(closing(answer)))
@@ -203,6 +217,7 @@ class Exchange(ABC):
                         yield event
             finish = self._finish
         except (EngineError, OverloadedError, RequestError) as error:
+            note(error)
             finish = "error"
             yield self.failure(error)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from sightline.errors import EngineDeadError, OverloadedError, SightlineError, S
 from sightline.prompt.media import MediaLimits
 from sightline.prompt.pipeline import PromptPipeline
 from sightline.prompt.processor import read_json
+from sightline.server.admission import Admission, Keys, busy
 from sightline.types import LoadProgress, MemoryPlan
 
 logger = logging.getLogger("sightline.server")
@@ -27,7 +29,7 @@ LOADING, READY, DRAINING, FAILED = "loading", "ready", "draining", "failed"
 class Lifecycle:
     """State of the server and its parts. Routes may use `engine` and `pipeline` once `state` is ready.
 
-    on_progress is called with every step of loading, for the terminal.
+    on_progress is called with every step of loading, for the terminal. Raises `SettingError` for unusable settings.
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class Lifecycle:
         self.plan: MemoryPlan | None = None
         self.sampling_defaults: dict[str, Any] = {}
         self.in_flight = 0
-        self.num_refused = 0
+        self.admission = Admission(config)
+        self.keys = Keys.of(config)
         self._idle = asyncio.Event()
         self._idle.set()
         self._on_progress = on_progress
@@ -91,7 +94,12 @@ class Lifecycle:
                 on_progress=download,
             )
             self._engine = AsyncEngine(
-                config.engine_config(), model_dir, log_level=config.log_level, log_format=config.log_format
+                config.engine_config(),
+                model_dir,
+                stall_timeout=config.stall_timeout,
+                queue_timeout=config.queue_timeout,
+                log_level=config.log_level,
+                log_format=config.log_format,
             )
             # The tokenizer loads while the engine does.
             pipeline, ready = await asyncio.gather(
@@ -128,8 +136,7 @@ class Lifecycle:
         """Count a request in flight. Raises `OverloadedError` before any work is spent on one too many."""
         self.require_ready()
         if self.in_flight >= self.config.max_queued_requests:
-            self.num_refused += 1
-            raise OverloadedError("The server is busy; try again soon.", code="overloaded", retry_after=1)
+            raise busy()
         self.in_flight += 1
         self._idle.clear()
         try:
@@ -147,6 +154,8 @@ class Lifecycle:
             raise OverloadedError("The server is shutting down.", code="server_draining", retry_after=5)
         if self.state == FAILED:
             raise OverloadedError("The server cannot serve any more.", code="server_failed", retry_after=30)
+        if self._engine is not None and self._engine.stalled:
+            raise OverloadedError("The engine does not answer.", code="server_stalled", retry_after=10)
 
     async def drain(self) -> None:
         """Refuse new requests and give running ones `drain_timeout` seconds."""
@@ -155,6 +164,11 @@ class Lifecycle:
             await asyncio.wait_for(self._idle.wait(), self.config.drain_timeout)
         except TimeoutError:
             logger.warning("%d requests were still running after %g s", self.in_flight, self.config.drain_timeout)
+            error = OverloadedError("The server is shutting down.", code="server_draining", retry_after=5)
+            self.engine.end_all(error)
+            # A moment for the clients to read it.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), 2)
 
     async def close(self) -> None:
         """End the engine and the media client."""

@@ -10,13 +10,15 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
 from sightline.engine.output import CompletionOutput, RequestOutput
 from sightline.errors import ImageError, RequestError
+from sightline.prompt.caller import caller
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.processor import PixelLimits
+from sightline.server.admission import is_operator, require_admin
 from sightline.server.exchange import Exchange, check_ids, renamed, wire_logprob
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import Body, SamplingFields, ranged
@@ -289,17 +291,20 @@ class AbortRequest(Body):
 
 @router.post("/abort_request")
 async def abort_request(request: Request) -> Response:
-    """End a running request by its `rid` or the id of its answer, or all of them."""
+    """End a running request of the same key by its `rid` or the id of its answer; an operator may end any, and all."""
     body = AbortRequest.parse(await request.body())
     exchanges: dict[str, Exchange] = request.app.state.exchanges
+    if body.abort_all:
+        await require_admin(request)
     found = set(exchanges.values()) if body.abort_all else {exchanges[body.rid]} if body.rid in exchanges else set()
+    found = {exchange for exchange in found if is_operator() or exchange.tenant == caller().salt}
     for exchange in found:
         exchange.abort()
     return JSONResponse({"aborted": len(found)})
 
 
-@router.post("/flush_cache")
-@router.get("/flush_cache")
+@router.post("/flush_cache", dependencies=[Depends(require_admin)])
+@router.get("/flush_cache", dependencies=[Depends(require_admin)])
 async def flush_cache(request: Request) -> Response:
     """Forget cached prefixes and encoded pictures, but for what running requests use."""
     lifecycle: Lifecycle = request.app.state.lifecycle

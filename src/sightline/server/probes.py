@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 import sightline
 from sightline.config import dump_public
 from sightline.errors import NotFoundError, OverloadedError
+from sightline.server import limits
 from sightline.server.errors import error_response
 from sightline.server.lifecycle import FAILED, LOADING, Lifecycle
 from sightline.types import SamplingParams
@@ -157,7 +158,7 @@ async def model_info(request: Request) -> Response:
 async def server_info(request: Request) -> Response:
     """Settings (without keys), limits, the memory plan, and counters since start."""
     lifecycle = _lifecycle(request)
-    media = lifecycle.pipeline.media
+    media, admission = lifecycle.pipeline.media, lifecycle.admission
     stats = msgspec.to_builtins(lifecycle.engine.stats)
     assert lifecycle.plan is not None
     return JSONResponse(
@@ -173,7 +174,8 @@ async def server_info(request: Request) -> Response:
             "memory_plan": msgspec.to_builtins(lifecycle.plan),
             "ready_after_seconds": lifecycle.ready_after,
             "requests_in_flight": lifecycle.in_flight,
-            "requests_refused": lifecycle.num_refused,
+            "calls": {"received": admission.num_received, "in_flight": admission.num_calls, **admission.outcomes},
+            "limits": {limit.name: limit.value for limit in limits.table(lifecycle.config, media.limits)},
             "media": vars(media.counters),
             "engine": stats,
         }

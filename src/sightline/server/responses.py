@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from sightline.engine.output import CompletionOutput, RequestOutput
 from sightline.errors import NotFoundError, OverloadedError, RequestError
 from sightline.prompt.pipeline import Prompt
+from sightline.server.admission import note
 from sightline.server.errors import error_body
 from sightline.server.exchange import Exchange, check_model, logprob_entries, renamed
 from sightline.server.lifecycle import Lifecycle
@@ -176,7 +177,8 @@ async def input_tokens(request: Request) -> Response:
     with lifecycle.admit(), renamed(lambda param: _named(param, origins)):
         try:
             prompt = await until_client_goes(request.receive, _prompt(lifecycle, body, messages))
-        except ClientGone:
+        except ClientGone as error:
+            note(error)
             return Response(status_code=499)
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.input_ids)})
 

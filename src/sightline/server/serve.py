@@ -18,6 +18,7 @@ from sightline.errors import AddressInUseError, StartupError
 from sightline.logging import setup_logging
 from sightline.prompt.processor import Processor
 from sightline.server.app import create_app
+from sightline.server.connection import bounded_protocol
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.probes import DEMO_NOTICE
 from sightline.types import LoadProgress, MemoryPlan
@@ -61,7 +62,11 @@ class _Server:
     async def run(self) -> int:
         """Listen first, load after; returns the exit code."""
         view = _ProgressView()
-        lifecycle = Lifecycle(self._config, demo=self._is_demo, on_progress=view)
+        try:
+            lifecycle = Lifecycle(self._config, demo=self._is_demo, on_progress=view)
+        except StartupError as error:
+            logger.error("%s", error)
+            return error.exit_code
         http = _Http(
             uvicorn.Config(
                 create_app(lifecycle),
@@ -69,7 +74,8 @@ class _Server:
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=2,
-                h11_max_incomplete_event_size=64 * 1024,
+                http=bounded_protocol(self._config.client_timeout),
+                ws="none",
             )
         )
         loop = asyncio.get_running_loop()

@@ -10,11 +10,12 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from sightline.errors import RequestError
+from sightline.server.admission import ClientGone, note
 from sightline.server.chat import chat_prompt
 from sightline.server.exchange import check_ids, check_model
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import Body, ChatCompletionRequest
-from sightline.server.sse import ClientGone, until_client_goes
+from sightline.server.sse import until_client_goes
 
 router = APIRouter()
 
@@ -55,7 +56,8 @@ async def tokenize(request: Request) -> Response:
     with lifecycle.admit():
         try:
             counted = await until_client_goes(request.receive, _counted(lifecycle, body))
-        except ClientGone:
+        except ClientGone as error:
+            note(error)
             return Response(status_code=499)
     return JSONResponse(_answer(lifecycle, counted, body))
 

@@ -1,0 +1,139 @@
+"""HTTP connections with bounds: on headers before a request exists, and on clients that send or read too slowly."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from sightline.errors import RequestError
+from sightline.server.errors import error_body
+from sightline.server.limits import MAX_HEADER_BYTES, MAX_HEADERS
+
+# Beyond a client's own time: for the answer 408, and for what was sent while it was refused.
+_GRACE = 2.0
+_REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which has no bound of its own on headers and waits for clients as long as they like.
+
+    A client gets `timeout` seconds for its headers, as much for its body, and as much again whenever the answer's
+    unsent part has grown to what the transport buffers (64 KiB). It is cut off after that.
+    """
+
+    timeout = 60.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._header_bytes = 0
+        self._in_message = self._in_headers = self._refused = False
+        self._stall: asyncio.TimerHandle | None = None
+        self._sending = self.loop.call_later(self.timeout, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._sending.cancel()
+        if self._stall is not None:
+            self._stall.cancel()
+        super().connection_lost(exc)
+
+    def _too_slow(self) -> None:
+        if self._in_headers:
+            self._refuse(408, "The request came too slowly.", "request_too_slow")
+        else:
+            self.transport.abort()
+
+    def _await_client(self, seconds: float) -> None:
+        self._sending.cancel()
+        self._sending = self.loop.call_later(seconds, self._too_slow)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if not self._in_message or self._in_headers:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        # What the parser has not handed on yet, such as half a header, counts too.
+        if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
+            self._refuse_headers()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_message = self._in_headers = True
+        self._size = 0
+        self._await_client(self.timeout)
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        if len(self.headers) >= MAX_HEADERS:
+            self._refuse_headers()
+        super().on_header(name, value)
+
+    def _count(self, num_bytes: int) -> None:
+        self._size += num_bytes
+        if self._size > MAX_HEADER_BYTES:
+            self._refuse_headers()
+
+    def on_headers_complete(self) -> None:
+        if self._refused:
+            return
+        self._in_headers = False
+        self._header_bytes = 0
+        # The application answers a slow body itself.
+        self._await_client(self.timeout + _GRACE)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        self._sending.cancel()
+        if not self._refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "The request is not valid HTTP.", "invalid_http")
+
+    def _refuse_headers(self) -> None:
+        self._refuse(431, "The request's headers are too large.", "headers_too_large")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """Answer without a request, and close when the client has had a moment to read why."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        body = JSONResponse(error_body(RequestError(message, code=code, status=status))).body
+        head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        self.transport.write(head % (status, _REASONS[status], len(body)) + bytes(body))
+        # Closing at once would reset the connection under what the client still sends, and the answer would be lost.
+        self.transport.write_eof()
+        self._sending.cancel()
+        self._sending = self.loop.call_later(_GRACE, self.transport.abort)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall is None:
+            self._stall = self.loop.call_later(self.timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+
+def bounded_protocol(timeout: float) -> type[Any]:
+    """The protocol class with a client timeout."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"timeout": timeout})

@@ -47,8 +47,8 @@ class Runner(Protocol):
     def new_pixels(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Host memory from which `encode` copies fast."""
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> list[Any]:
-        """Features of each picture, to be kept in the vision cache."""
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Any], hurried: bool) -> list[Any]:
+        """Features of each picture, to be kept in the vision cache. hurried: the step decodes, too, and must not be late."""
 
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Any:
         """Compute the rows and write their K/V; returns the step. A decode row's token may still be in flight."""
@@ -212,7 +212,7 @@ class EngineCore:
             return []
         self.stats.images_encoded += len(batch.encode)
         try:
-            self._fill(batch.encode)
+            self._fill(batch.encode, batch.num_decode > 0)
             return []
         except Exception as error:
             _reraise_if_fatal(error)
@@ -222,7 +222,7 @@ class EngineCore:
             holders = [r for r in self._requests.values() if image.digest in r.pinned]
             try:
                 if holders:
-                    self._fill([image])
+                    self._fill([image], batch.num_decode > 0)
             except Exception as error:
                 _reraise_if_fatal(error)
                 events += [self._fail(request, error) for request in holders]
@@ -233,9 +233,9 @@ class EngineCore:
         batch.num_decode = num_decode
         return events
 
-    def _fill(self, images: Sequence[ImageRef]) -> None:
+    def _fill(self, images: Sequence[ImageRef], hurried: bool) -> None:
         scheduler = self.scheduler
-        features = self.runner.encode(images, [scheduler.pixels[image.digest] for image in images])
+        features = self.runner.encode(images, [scheduler.pixels[image.digest] for image in images], hurried)
         for image, value in zip(images, features, strict=True):
             scheduler.vision_cache.fill(image.digest, value)
             del scheduler.pixels[image.digest]

@@ -14,15 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sightline.types import ImageRef
 
-# Measured on an H200 for a picture of 5476 patches, 16 heads of 80: cuDNN 0.44 ms, FlashAttention 0.66 ms.
-_SDPA_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
+# Measured on an H200 for a picture of 5476 patches, 16 heads of 80: cuDNN 0.44 ms, FlashAttention 0.66 ms. But cuDNN plans for each
+# new shape, which takes some 300 ms of the host's time: only for shapes that come again, and when nobody waits for a token.
+_FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_AT_ONCE = _FAST[1:]
 # Features of a batch that a graph is worth; a larger one keeps the device busy for longer than its launches take.
 _MAX_GRAPH_FEATURES = 4096
 _MAX_GRAPHS = 64
@@ -35,7 +30,7 @@ class _Captured(NamedTuple):
 
 
 class EncoderGraphs:
-    """CUDA graphs of the vision tower for lists of pictures whose shapes come again, captured when they do.
+    """CUDA graphs of the vision tower for lists of pictures whose shapes come again.
 
     For a model with `static_encoder`. The memory of all graphs is one pool: they run one after the other.
     """
@@ -45,19 +40,18 @@ class EncoderGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._known: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
 
-    def encode(self, pixels: Sequence[Tensor], grids: Sequence[Any]) -> list[Tensor]:
-        """The model's `encode_images`; the result is valid until the next call."""
+    def encode(self, pixels: Sequence[Tensor], grids: Sequence[Any], hurried: bool) -> list[Tensor]:
+        """The model's `encode_images`; the result is valid until the next call. hurried: do not stop to capture."""
         key = tuple((grid, *p.shape) for grid, p in zip(grids, pixels, strict=True))
-        if key not in self._known:
-            self._known[key] = None
-            if len(self._known) > _MAX_GRAPHS:
-                self._known.popitem(last=False)
+        known, captured = key in self._known, self._known.pop(key, None)
+        if captured is None and known and not hurried:
+            captured = self._capture(pixels, grids)
+        self._known[key] = captured
+        if len(self._known) > _MAX_GRAPHS:
+            self._known.popitem(last=False)
+        if captured is None:
             features: list[Tensor] = self._model.encode_images(pixels, grids)
             return features
-        self._known.move_to_end(key)
-        captured = self._known[key]
-        if captured is None:
-            captured = self._known[key] = self._capture(pixels, grids)
         for static, new in zip(captured.pixels, pixels, strict=True):
             static.copy_(new)
         captured.graph.replay()
@@ -66,10 +60,13 @@ class EncoderGraphs:
     def _capture(self, pixels: Sequence[Tensor], grids: Sequence[Any]) -> _Captured:
         static = [p.clone() for p in pixels]
         graph = torch.cuda.CUDAGraph()
-        # the decoder's stream may go on meanwhile
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        features = self._model.encode_images(static, grids)
-        graph.capture_end()
+        with sdpa_kernel(_FAST, set_priority=True):
+            # plans what a capture cannot
+            self._model.encode_images(static, grids)
+            # the decoder's stream may go on meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            features = self._model.encode_images(static, grids)
+            graph.capture_end()
         return _Captured(graph, static, features)
 
 
@@ -88,14 +85,14 @@ class Encoder:
         self._running: dict[bytes, torch.cuda.Event] = {}
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
-        """pixels: uint8, as the family's processor makes them. Returns the features of each picture: [num_tokens, hidden],
-        or what cross-attention reads."""
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray], hurried: bool = False) -> list[Tensor]:
+        """pixels: uint8, as the family's processor makes them. hurried: somebody waits for their next token. Returns the
+        features of each picture: [num_tokens, hidden], or what cross-attention reads."""
         with self._context():
             on_device = [self._upload(p) for p in pixels]
             grids = [image.grid for image in images]
             if self._graphs is not None and sum(image.num_tokens for image in images) <= _MAX_GRAPH_FEATURES:
-                features = self._graphs.encode(on_device, grids)
+                features = self._graphs.encode(on_device, grids, hurried)
             else:
                 features = self._model.encode_images(on_device, grids)
             for image, rows in zip(images, features, strict=True):
@@ -119,7 +116,7 @@ class Encoder:
         if self._device.type != "cuda":
             yield
             return
-        with sdpa_kernel(_SDPA_ORDER, set_priority=True), torch.cuda.stream(self._stream):
+        with sdpa_kernel(_AT_ONCE, set_priority=True), torch.cuda.stream(self._stream):
             yield
 
     def _upload(self, pixels: np.ndarray) -> Tensor:

@@ -148,11 +148,10 @@ def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, 
     if runner.device.type == "cpu":
         return 0
     largest = largest_picture(FAMILIES[architecture(hf_config)].processor, model_dir)
-    pictures = []
-    if largest is not None:
-        image, _ = largest
-        pictures = [largest] * max(1, min(max_step, _MAX_ENCODE_TOKENS) // max(runner.num_features(image), 1))
-    peak = measure_peak(runner, pictures, max_step=max_step, max_running=max_running)
+    num_pictures = 1
+    if largest is not None and largest.scale == 1.0:
+        num_pictures = max(1, min(max_step, _MAX_ENCODE_TOKENS) // max(runner.num_features(largest.image), 1))
+    peak = measure_peak(runner, largest, num_pictures, max_step=max_step, max_running=max_running)
     torch.cuda.empty_cache()
     return peak
 

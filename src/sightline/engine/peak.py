@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,23 +17,41 @@ from sightline.engine.request import Request
 from sightline.engine.runner import ModelRunner
 from sightline.engine.scheduler import ScheduledRow
 from sightline.models import KVSpec
-from sightline.prompt.processor import load_processor
+from sightline.prompt.processor import PixelLimits, load_processor
 from sightline.types import ImageRef, SamplingParams
 
 # A side longer than any family keeps, and the shapes among which the costliest picture is.
 _SIDE = 6000
 _SHAPES = ((1, 1), (1, 2), (2, 1), (1, 4), (4, 1))
+_ENOUGH = 4096
 
 
-def largest_picture(processor_path: str | None, model_dir: Path) -> tuple[ImageRef, np.ndarray] | None:
-    """The picture with the most tokens that the family's processor makes, with black pixels; None for text alone."""
+class Largest(NamedTuple):
+    """The largest picture that is encoded for the measurement, and how many times as many features the largest one has."""
+
+    image: ImageRef
+    pixels: np.ndarray
+    scale: float
+
+
+def largest_picture(processor_path: str | None, model_dir: Path) -> Largest | None:
+    """The picture with the most tokens that the family's processor makes, with black pixels; None for text alone.
+
+    Time grows with the square of a picture's patches, but memory does not: above some thousand features a smaller one stands
+    in for it.
+    """
     processor = load_processor(processor_path, model_dir)
     if processor is None:
         return None
-    plans = [processor.plan(_SIDE // w, _SIDE // h) for w, h in _SHAPES]
-    plan = max(plans, key=lambda p: (p.num_tokens, p.width * p.height))
+    shapes = [(_SIDE // w, _SIDE // h) for w, h in _SHAPES]
+    width, height = max(shapes, key=lambda size: processor.plan(*size).num_tokens)
+    largest = plan = processor.plan(width, height)
+    if largest.num_tokens > _ENOUGH:
+        max_pixels = largest.width * largest.height * _ENOUGH // largest.num_tokens
+        plan = processor.plan(width, height, PixelLimits(max_pixels=max_pixels))
     pixels = processor.resize(Image.new("RGB", (plan.width, plan.height)), plan)
-    return ImageRef(b"largest", 0, plan.num_tokens, plan.grid), np.array(pixels)
+    image = ImageRef(b"largest", 0, plan.num_tokens, plan.grid)
+    return Largest(image, np.array(pixels), largest.num_tokens / plan.num_tokens)
 
 
 def step_cache(spec: KVSpec, max_step: int, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -50,16 +69,16 @@ def step_cache(spec: KVSpec, max_step: int, dtype: torch.dtype, device: torch.de
 
 
 def measure_peak(
-    runner: ModelRunner, pictures: Sequence[tuple[ImageRef, np.ndarray]], *, max_step: int, max_running: int
+    runner: ModelRunner, largest: Largest | None, num_pictures: int, *, max_step: int, max_running: int
 ) -> int:
-    """Bytes above what is allocated now: `pictures` in the encoder and, beside it, a step of max_step tokens and the
-    sampling of max_running rows with every filter. The runner's cache is a `step_cache`."""
+    """Bytes above what is allocated now: num_pictures of `largest` in the encoder and, beside it, a step of max_step tokens and
+    the sampling of max_running rows with every filter. The runner's cache is a `step_cache`."""
     device = runner.device
     rows = min(max_running, max_step)
 
     def encode() -> None:
-        images = [image for image, _ in pictures]
-        runner.encoder.encode(images, [pixels for _, pixels in pictures])
+        assert largest is not None
+        runner.encoder.encode([largest.image] * num_pictures, [largest.pixels] * num_pictures)
 
     def step() -> None:
         launched = runner.forward([ScheduledRow(_request(runner, max_step), 0, max_step, True)], 0)
@@ -73,7 +92,8 @@ def measure_peak(
         states = [runner.sampler.new_state(params, np.zeros(1, dtype=np.int32), (), 0) for _ in range(rows)]
         runner.sampler.launch(logits, states).result()
 
-    return (_peak(device, encode) if pictures else 0) + max(_peak(device, step), _peak(device, sample))
+    pictures = int(largest.scale * _peak(device, encode)) if largest is not None else 0
+    return pictures + max(_peak(device, step), _peak(device, sample))
 
 
 def _request(runner: ModelRunner, num_tokens: int) -> Request:

@@ -24,6 +24,13 @@ def make(seed: int | None = 0, vocab: int = VOCAB) -> Sampler:
     return Sampler(vocab, CPU, seed)
 
 
+def packed(allowed: torch.Tensor) -> np.ndarray:
+    """bool [V] as a grammar's mask: int32 words."""
+    bits = np.zeros(-(-len(allowed) // 32) * 32, dtype=np.uint8)
+    bits[: len(allowed)] = allowed.numpy()
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
 def state_of(sampler: Sampler, index: int = 0, prompt: np.ndarray = PROMPT, **params: Any) -> SamplingState:
     return sampler.new_state(SamplingParams(**params), prompt, EOS, index)
 
@@ -143,7 +150,7 @@ def test_the_distribution_equals_the_reference(knobs: dict[str, Any], masked: bo
         allowed = torch.rand(VOCAB, generator=torch.Generator().manual_seed(seed)) < 0.7
         for step in range(6):
             logits = random_logits(100 * seed + step)
-            state.mask = allowed if masked else None
+            state.mask = packed(allowed) if masked else None
             mask = allowed.tolist() if masked else None
             expected = reference_probs(logits[0].tolist(), params, output, mask=mask)
             actual = drawn_probs(sampler, logits, state, monkeypatch)
@@ -391,7 +398,7 @@ def test_logprobs_are_the_models_own():
         state_of(sampler, logprobs=20, temperature=0.0),
         state_of(sampler),
     ]
-    states[3].mask = torch.arange(VOCAB) == 33
+    states[3].mask = packed(torch.arange(VOCAB) == 33)
     out = sampler.sample(logits.clone(), states)
     assert out.token_ids[0] == 8
     assert out.token_ids[3] == 33
@@ -418,3 +425,12 @@ def test_a_wrong_shape_is_refused():
     sampler = make()
     with pytest.raises(AssertionError, match="rows"):
         sampler.sample(torch.zeros(2, VOCAB), [state_of(sampler)])
+
+
+def test_a_grammar_that_allows_only_the_end_goes_before_min_tokens():
+    sampler = make()
+    state = state_of(sampler, min_tokens=5)
+    state.mask = packed(torch.arange(VOCAB) == EOS[0])
+    assert sampler.sample(random_logits(0), [state]).token_ids == [EOS[0]]
+    state.mask = packed((torch.arange(VOCAB) == EOS[0]) | (torch.arange(VOCAB) == 20))
+    assert sampler.sample(random_logits(0), [state]).token_ids == [20]

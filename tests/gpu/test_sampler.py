@@ -9,7 +9,7 @@ import torch
 
 from sightline.engine.sampler import Sampler, SamplingState
 from sightline.types import SamplingParams
-from tests.engine.test_sampler import EOS, KNOBS, PROMPT
+from tests.engine.test_sampler import EOS, KNOBS, PROMPT, packed
 
 VOCAB = 4000
 
@@ -24,7 +24,7 @@ def answers(device: str, knobs: dict[str, Any], steps: int = 6) -> list[list[int
     tokens = []
     for step in range(steps):
         logits = 3 * torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(step))
-        states[0].mask = (torch.arange(VOCAB) % 3 > 0).to(device)
+        states[0].mask = packed(torch.arange(VOCAB) % 3 > 0)
         out = sampler.sample(logits.to(device), states)
         assert out.logprobs[5] is not None
         assert all(token % 3 for token in out.token_ids[:1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 import requests
 
@@ -167,8 +169,38 @@ accepted(REQUEST, "moderation", {"model": "x"})
 accepted(REQUEST, "web_search_options", {})
 refused(REQUEST, "audio", {"voice": "alloy", "format": "wav"})
 
-# Until structured output and tools are served.
-refused(REQUEST, "response_format", {"type": "json_object"}, "json_object and json_schema not yet; text works")
+# A random model's strings have no end, so this one has no long ones.
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"enum": [1, 2]}, "name": {"type": "string", "maxLength": 3}},
+    "required": ["n", "name"],
+    "additionalProperties": False,
+}
+
+
+@row(REQUEST, "response_format json_schema", WORKS, "strict or not: the answer is always what the schema says")
+def _(api: Api) -> None:
+    for strict in (True, False):
+        inner = {"name": "x", "schema": SCHEMA, "strict": strict}
+        answer = json.loads(
+            api.text(max_tokens=300, temperature=1, response_format={"type": "json_schema", "json_schema": inner})
+        )
+        assert set(answer) == {"n", "name"}
+        assert answer["n"] in (1, 2)
+    api.refused("response_format.json_schema.schema", response_format={"type": "json_schema", "json_schema": {}})
+
+
+@row(REQUEST, "response_format json_object", WORKS, "any object; say in the prompt what should be in it")
+def _(api: Api) -> None:
+    # `}` made likely, or a random model's object has no end
+    closing = {"92": 60}
+    answer = api.text(max_tokens=300, response_format={"type": "json_object"}, logit_bias=closing)
+    assert isinstance(json.loads(answer), dict)
+    assert api.text(response_format={"type": "text"}) == api.text()
+    api.refused("response_format", response_format={"type": "xml"})
+
+
+# Until tools are served.
 refused(REQUEST, "tools", [{"type": "function", "function": {"name": "f"}}], "not yet")
 refused(REQUEST, "tool_choice", "required", "not yet; none and auto are accepted")
 refused(REQUEST, "functions", [{"name": "f"}], "deprecated by OpenAI")
@@ -555,8 +587,38 @@ def _(api: Api) -> None:
 accepted(EXTRAS, "priority", 1, "first come, first served")
 accepted(EXTRAS, "request_id", "r-1")
 accepted(EXTRAS, "session_id", "s")
-for name in ("regex", "ebnf", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice"):
-    refused(EXTRAS, name, "x", "not yet")
+
+
+def grammar_row(name: str, value: Any, pattern: str, bad: Any, note: str = "") -> None:
+    """A field that says what the answer must look like."""
+
+    @row(EXTRAS, name, WORKS, note)
+    def _(api: Api) -> None:
+        for seed in range(3):
+            assert re.fullmatch(pattern, api.text(max_tokens=300, temperature=1, seed=seed, **{name: value}))
+        assert (
+            api.post("/v1/chat/completions", {"messages": ask("x"), name: bad})
+            .json()["error"]["param"]
+            .startswith(name)
+        )
+
+
+_OBJECT = r'\s*\{\s*"n"\s*:\s*[12]\s*,\s*"name"\s*:\s*"[^"]{0,30}"\s*\}'
+_EBNF = 'root ::= ("ja" | "nee") "!"'
+grammar_row("regex", "[0-9]{2}-(a|b)", "[0-9]{2}-(a|b)", "(", "Rust's syntax; the whole answer matches")
+grammar_row("ebnf", _EBNF, "(ja|nee)!", "root ::= other", "GBNF as SGLang takes it, or Lark")
+grammar_row("json_schema", json.dumps(SCHEMA), _OBJECT, "{", "a string or an object")
+grammar_row(
+    "structured_outputs",
+    {"choice": ["red", "green"]},
+    "red|green",
+    {"xml": "x"},
+    "json, json_object, regex, choice, grammar",
+)
+grammar_row("guided_json", SCHEMA, _OBJECT, {"type": "x"})
+grammar_row("guided_regex", "a{3}", "aaa", "(")
+grammar_row("guided_choice", ["red", "green"], "red|green", [])
+grammar_row("guided_grammar", _EBNF, "(ja|nee)!", "root ::= other")
 refused(EXTRAS, "best_of", 3)
 refused(EXTRAS, "use_beam_search", True)
 refused(EXTRAS, "length_penalty", 0.5)

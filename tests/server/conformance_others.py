@@ -147,6 +147,16 @@ def _(api: Api) -> None:
     assert answer["output"][0]["content"][0]["text"] == api.text(messages=[system, *ask("hello")])
 
 
+@row(RESPONSES, "text.format", WORKS, "text, json_object, json_schema")
+def _(api: Api) -> None:
+    form = {"type": "json_schema", "name": "x", "schema": {"enum": ["red", "green"]}, "strict": True}
+    answer = api.respond(text={"format": form}, max_output_tokens=20, temperature=1)
+    assert answer["output"][0]["content"][0]["text"] in ('"red"', '"green"')
+    assert answer["text"]["format"] == form
+    api.refused("text.format.schema", AT_RESPONSES, text={"format": {"type": "json_schema", "name": "x"}})
+    api.refused("text.format", AT_RESPONSES, text={"format": {"type": "grammar"}})
+
+
 @row(RESPONSES, "max_output_tokens", WORKS, "cut answers are `incomplete`")
 def _(api: Api) -> None:
     answer = api.respond(max_output_tokens=3)
@@ -377,6 +387,19 @@ def _(api: Api) -> None:
     many = {"text": ["a", "b"], "image_data": [[PNG], [PNG, cut]]}
     api.refused("image_data[1][1]", "/generate", code="image_parse_error", **many)
     api.refused("image_data[0]", "/generate", 403, "invalid_image_url", text="x", image_data="file:///etc/passwd")
+
+
+@row(GENERATE, "regex, ebnf, json_schema", WORKS, "in sampling_params")
+def _(api: Api) -> None:
+    for name, value, answers in (
+        ("regex", "(ja|nee)!", ("ja!", "nee!")),
+        ("ebnf", 'root ::= "ja" | "nee"', ("ja", "nee")),
+        ("json_schema", '{"enum": [1, 2]}', ("1", "2")),
+    ):
+        assert api.generate({name: value, "max_new_tokens": 20, "temperature": 1})["text"] in answers
+    api.refused("sampling_params.regex", "/generate", text="x", sampling_params={"regex": "("})
+    api.refused("sampling_params.ebnf", "/generate", text="x", sampling_params={"regex": "a", "ebnf": 'root ::= "a"'})
+    api.refused("regex", "/generate", text="x", regex="a")
 
 
 @row(GENERATE, "sampling_params", WORKS, "SGLang's names; one object, or one for each prompt; 128 tokens by default")

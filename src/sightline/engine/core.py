@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
+from sightline.engine.grammar import GrammarCompiler, wait_for_any
 from sightline.engine.request import Request
 from sightline.engine.scheduler import Batch, ScheduledRow, Scheduler
+from sightline.errors import EngineError
 from sightline.types import (
     EngineRequest,
     EngineStats,
@@ -71,7 +73,8 @@ class EngineCore:
     """Requests in, token events out. Not thread-safe: one thread owns it.
 
     eos_token_ids end a choice unless it ignores them. context_length bounds prompt plus answer. overlap: prepare and
-    launch a step before the tokens of the one before are known, for a device that computes on its own.
+    launch a step before the tokens of the one before are known, for a device that computes on its own. grammars: compiles
+    those of structured output.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class EngineCore:
         eos_token_ids: Iterable[int],
         context_length: int,
         overlap: bool = False,
+        grammars: GrammarCompiler | None = None,
         decode_log_interval: int = 40,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,9 +94,11 @@ class EngineCore:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.context_length = context_length
         self.overlap = overlap
+        self.grammars = grammars
         self.stats = EngineStats(pages_total=scheduler.pool.num_total)
         self.stalled = False
         self._requests: dict[tuple[str, int], Request] = {}
+        self._compiling: list[Request] = []
         self._flight: _Flight | None = None
         self._clock = clock
         self._log = _StepLog(scheduler, decode_log_interval, clock)
@@ -129,6 +135,11 @@ class EngineCore:
             )
             leader = leader or request
             self._requests[request.request_id, index] = request
+            if sampling.grammar is not None:
+                assert self.grammars is not None, "an engine without a tokenizer cannot follow grammars"
+                request.matcher = self.grammars.matcher(sampling.grammar)
+                request.sampling_state.mask = request.matcher.mask
+                self._compiling.append(request)
             self.scheduler.add(request)
         self.stats.prompt_tokens += len(prompt_ids)
 
@@ -173,14 +184,17 @@ class EngineCore:
 
         Returns tokens, and what the engine needs to go on; empty when nothing could run.
         """
+        events: list[TokenEvent | NeedPixels] = [*self._start_matchers()]
         batch = self.scheduler.schedule()
-        events: list[TokenEvent | NeedPixels] = [
+        events += [
             NeedPixels(request.request_id, digests)
             for request, digests in self._drain_pixel_requests()
             if not request.finished
         ]
         # Every request waits for pixels: only a message can change that.
-        self.stalled = batch is None and self._flight is None
+        self.stalled = batch is None and self._flight is None and not self._compiling
+        if batch is None and self._flight is None and self._compiling:
+            wait_for_any((r.matcher for r in self._compiling if r.matcher is not None), timeout=0.005)
         if batch is None:
             return events + self._land()
         self.stats.steps += 1
@@ -191,6 +205,7 @@ class EngineCore:
         try:
             step = self.runner.forward(batch.rows, batch.num_decode)
             events += self._land()
+            events += self._fill_masks(batch.rows)
             self.runner.sample(step)
         except Exception as error:
             _reraise_if_fatal(error)
@@ -200,6 +215,34 @@ class EngineCore:
         self._flight = _Flight(batch, step)
         if not self.overlap:
             events += self._land()
+        return events
+
+    def _start_matchers(self) -> list[TokenEvent]:
+        """Requests whose grammars have been compiled may be admitted; one whose grammar failed ends."""
+        events = []
+        waiting, self._compiling = self._compiling, []
+        for request in waiting:
+            if request.finished or request.matcher is None:
+                continue
+            if not request.matcher.ready:
+                self._compiling.append(request)
+                continue
+            try:
+                request.matcher.start()
+            except Exception as error:
+                events.append(self._fail(request, error))
+        return events
+
+    def _fill_masks(self, rows: Sequence[ScheduledRow]) -> list[TokenEvent]:
+        """What the grammars allow next, once the tokens before are known. One that fails ends its request."""
+        events = []
+        for row in rows:
+            request = row.request
+            if row.sample and request.matcher is not None and not request.finished:
+                try:
+                    request.matcher.fill()
+                except EngineError as error:
+                    events.append(self._fail(request, error))
         return events
 
     def _drain_pixel_requests(self) -> list[tuple[Request, list[bytes]]]:
@@ -270,6 +313,7 @@ class EngineCore:
         rows = decode + [row for row in rows[num_decode:] if not row.request.finished]
         if not rows:
             return []
+        events = self._fill_masks(rows)
         try:
             step = self.runner.forward(rows, len(decode))
             self.runner.sample(step)
@@ -277,13 +321,15 @@ class EngineCore:
         except Exception as error:
             _reraise_if_fatal(error)
             if len(rows) == 1:
-                return [self._fail(rows[0].request, error)]
+                return events or [self._fail(rows[0].request, error)]
             half = len(rows) // 2
-            return self._isolate(rows[:half], min(half, len(decode))) + self._isolate(
-                rows[half:], max(len(decode) - half, 0)
+            return (
+                events
+                + self._isolate(rows[:half], min(half, len(decode)))
+                + self._isolate(rows[half:], max(len(decode) - half, 0))
             )
         self._launched(rows)
-        return self._commit(rows, sampled)
+        return events + self._commit(rows, sampled)
 
     def _fail(self, request: Request, error: Exception) -> TokenEvent:
         logger.error("request %s failed: %s: %s", request.request_id, type(error).__name__, error)
@@ -297,9 +343,17 @@ class EngineCore:
             "logprobs": None if sampled.logprob is None else [sampled.logprob],
         }
         sampling = request.sampling
-        is_eos = sampled.token_id in self.eos_token_ids and not sampling.ignore_eos
+        # At its end a grammar allows nothing but the end of sequence.
+        is_eos = sampled.token_id in self.eos_token_ids and not (sampling.ignore_eos and request.matcher is None)
         if is_eos or sampled.token_id in sampling.stop_token_ids:
             return self._finish(request, FinishReason.STOP, stop_token_id=sampled.token_id, **fields)
+        if request.matcher is not None:
+            try:
+                request.matcher.accept(sampled.token_id)
+            except EngineError as error:
+                return self._fail(request, error)
+            if request.matcher.ended:
+                return self._finish(request, FinishReason.STOP, **fields)
         if len(request.output_ids) >= request.max_tokens:
             return self._finish(request, FinishReason.LENGTH, **fields)
         return TokenEvent(

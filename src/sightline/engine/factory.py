@@ -23,6 +23,7 @@ from sightline.config import EngineConfig
 from sightline.engine.core import EngineCore
 from sightline.engine.cuda_graph import StepGraphs
 from sightline.engine.encoder import Encoder
+from sightline.engine.grammar import GrammarCompiler
 from sightline.engine.memory import PAGE_SIZE, max_running_requests, module_bytes, plan_memory
 from sightline.engine.peak import largest_picture, measure_peak, step_cache
 from sightline.engine.runner import ModelRunner
@@ -124,6 +125,7 @@ def build_core(
         eos_token_ids=eos,
         context_length=plan.context_length,
         overlap=overlap,
+        grammars=GrammarCompiler(model_dir, eos, model.config.vocab_size),
         decode_log_interval=config.decode_log_interval,
     )
     on_progress(LoadProgress("warm-up"))

@@ -25,6 +25,7 @@ from sightline import demo, hub
 from sightline.config import EngineConfig
 from sightline.engine.client import AsyncEngine
 from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
+from sightline.prompt.grammar import check_in_time
 from sightline.prompt.pipeline import Prompt, PromptPipeline
 from sightline.types import EngineStats, LoadProgress, MemoryPlan, SamplingParams
 
@@ -164,6 +165,8 @@ class Engine:
     async def _deltas(self, prompt: Prompt, sampling: SamplingParams, request_id: str) -> AsyncGenerator[OutputDelta]:
         assert self._engine is not None
         sampling.validate(self.pipeline.tokenizer.vocab_size)
+        if sampling.grammar is not None:
+            await check_in_time(sampling.grammar)
         answer = await self._engine.submit(prompt, sampling, pipeline=self.pipeline, request_id=request_id)
         with closing(answer):
             async for delta in answer:

@@ -11,6 +11,7 @@ from sightline.types import FinishReason, ImageRef, SamplingParams
 
 if TYPE_CHECKING:
     from sightline.cache.radix import Node
+    from sightline.engine.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,7 @@ class Request:
     rest to this request. pinned: digests of the pictures whose features this request holds in the vision cache.
     leader: the first choice of the same request; this one waits until the leader's prompt is in the prefix cache.
     start_by: when the request ends with a timeout if it has not begun.
+    matcher: where the answer stands in its grammar; the request waits until it has started.
     """
 
     request_id: str
@@ -41,6 +43,7 @@ class Request:
     cache_salt: bytes = b""
     leader: Request | None = None
     start_by: float = float("inf")
+    matcher: Matcher | None = None
 
     output_ids: list[int] = field(default_factory=list)
     num_in_flight: int = 0

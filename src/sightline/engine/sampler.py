@@ -65,14 +65,14 @@ class SamplingState:
     """What one choice carries from token to token. Made by `Sampler.new_state`; only the sampler changes it.
 
     banned: int64 ids that may not come before min_tokens. bias_ids, bias_values: int64 and float32. counts: float32 [V],
-    how often each token is in the answer. seen: bool [V], tokens of prompt or answer. mask: bool [V], the tokens that a
-    grammar allows next, or None; whoever owns the grammar sets it before each step.
+    how often each token is in the answer. seen: bool [V], tokens of prompt or answer. mask: int32 [ceil(V / 32)] on the host,
+    one bit for each token that a grammar allows next, or None; whoever owns the grammar writes it before each step.
     """
 
     params: SamplingParams
     key: bytes
     num_output: int = 0
-    mask: Tensor | None = None
+    mask: np.ndarray | None = None
     banned: Tensor | None = None
     bias_ids: Tensor | None = None
     bias_values: Tensor | None = None
@@ -87,8 +87,7 @@ class SamplingState:
     def edits(self) -> bool:
         """The row's logits change before temperature."""
         return (
-            self.mask is not None
-            or self.bias_ids is not None
+            self.bias_ids is not None
             or self.counts is not None
             or self.seen is not None
             or (self.banned is not None and self.num_output < self.params.min_tokens)
@@ -112,6 +111,7 @@ class Sampler:
         self.device = device
         self._key = os.urandom(32) if seed is None else _derive(b"engine", seed)
         self._num_unseeded = 0
+        self._bits = self._tensor([1 << i for i in range(8)], torch.uint8)
 
     def new_state(
         self, params: SamplingParams, prompt_ids: np.ndarray, eos_ids: Sequence[int], index: int
@@ -153,6 +153,7 @@ class Sampler:
         logits = logits.float()
         asking = [i for i, s in enumerate(states) if s.params.logprobs is not None]
         raw = torch.log_softmax(_rows(logits, asking), dim=-1) if asking else None
+        self._mask(logits, states)
         for i, state in enumerate(states):
             if state.edits:
                 _edit(logits[i], state)
@@ -167,6 +168,20 @@ class Sampler:
             return Draw(tokens, asking, None)
         chosen = tokens if len(asking) == len(states) else tokens[self._tensor(asking, torch.int64)]
         return Draw(tokens, asking, _Logprobs(raw, chosen, [states[i].params.logprobs or 0 for i in asking]))
+
+    def _mask(self, logits: Tensor, states: Sequence[SamplingState]) -> None:
+        """Rows with a grammar keep what it allows. Their bits go to the device together."""
+        masks = {i: s.mask for i, s in enumerate(states) if s.mask is not None}
+        if not masks:
+            return
+        packed = self._tensor(np.stack([mask.view(np.uint8) for mask in masks.values()]), torch.uint8)
+        unset = packed.unsqueeze(-1).bitwise_and(self._bits) == 0
+        forbidden = unset.flatten(1)[:, : self.vocab_size]
+        if len(masks) == len(states):
+            logits.masked_fill_(forbidden, -math.inf)
+        else:
+            index = self._tensor(list(masks), torch.int64)
+            logits[index] = logits[index].masked_fill_(forbidden, -math.inf)
 
     def _choose(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """int64 [S]."""
@@ -223,14 +238,16 @@ def _rows(logits: Tensor, rows: list[int]) -> Tensor:
 
 
 def _edit(row: Tensor, state: SamplingState) -> None:
-    """Mask, bias, min_tokens and penalties, in place on one row [V]."""
+    """Bias, min_tokens and penalties, in place on one row [V]."""
     params = state.params
-    if state.mask is not None:
-        row.masked_fill_(~state.mask, -math.inf)
     if state.bias_ids is not None and state.bias_values is not None:
         row[state.bias_ids] += state.bias_values
     if state.banned is not None and state.num_output < params.min_tokens:
+        # a grammar that allows only the end goes before min_tokens
+        allowed = row.clone() if state.mask is not None else None
         row[state.banned] = -math.inf
+        if allowed is not None:
+            row.copy_(torch.where(row.isneginf().all(), allowed, row))
     if state.seen is not None:
         r = params.repetition_penalty
         row.copy_(torch.where(state.seen, torch.where(row > 0, row / r, row * r), row))

@@ -241,7 +241,7 @@ class Scheduler:
             budget -= self._schedule_chunk(batch, request, budget)
 
     def _held_back(self, request: Request) -> bool:
-        if request.num_in_flight:
+        if request.num_in_flight or (request.matcher is not None and not request.matcher.started):
             return True
         leader = request.leader
         if leader is not None and self.radix is not None:

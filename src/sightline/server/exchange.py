@@ -21,6 +21,7 @@ from sightline.engine.client import Answer
 from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
 from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
 from sightline.prompt.caller import caller
+from sightline.prompt.grammar import check_in_time
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.server.admission import Call, ClientGone, note
@@ -179,6 +180,8 @@ class Exchange(ABC):
         pipeline, engine = self.lifecycle.pipeline, self.lifecycle.engine
         try:
             async with asyncio.timeout_at(self._deadline):
+                for grammar in {each.grammar for each in self.sampling if each.grammar is not None}:
+                    await check_in_time(grammar)
                 prompts = await self.prompts()
                 if isinstance(who := caller(), Call):
                     who.hold_tokens(sum(len(prompt.input_ids) for prompt in prompts))

@@ -21,7 +21,7 @@ from sightline.prompt.processor import PixelLimits
 from sightline.server.admission import is_operator, require_admin
 from sightline.server.exchange import Exchange, check_ids, renamed, wire_logprob
 from sightline.server.lifecycle import Lifecycle
-from sightline.server.schema import Body, SamplingFields, ranged
+from sightline.server.schema import GRAMMAR_FIELDS, Body, SamplingFields, ranged
 from sightline.types import FinishReason, TokenLogprob
 
 router = APIRouter()
@@ -60,6 +60,7 @@ class GenerateRequest(Body):
     harmless: ClassVar = Body.harmless | {"return_text_in_logprobs", "mm_hashes", "mm_content_hashes", "background"}
     refused: ClassVar = {
         **Body.refused,
+        **dict.fromkeys(GRAMMAR_FIELDS, ()),
         "input_embeds": (),
         "video_data": ([],),
         "audio_data": ([],),

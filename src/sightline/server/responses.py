@@ -49,7 +49,7 @@ _NO_MEMORY = "this server keeps no responses; send the whole conversation in inp
 
 
 class TextOptions(BaseModel):
-    """`text`: only plain text is served."""
+    """`text`: what the answer must look like."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
@@ -96,9 +96,6 @@ class ResponsesRequest(SamplingFields):
             raise RequestError("truncation: nothing is dropped here; shorten the input yourself.", param="truncation")
         if self.n not in (None, 1):
             raise RequestError("n: a response is one answer.", param="n")
-        kind = ((self.text and self.text.format) or {}).get("type", "text")
-        if kind != "text":
-            raise RequestError(f"text.format of type {str(kind)[:40]!r} is not supported yet.", param="text.format")
         if unknown := sorted(set(self.include or ()) - _INCLUDABLE):
             raise RequestError(f"include: {unknown[0][:80]!r} is not known.", param="include")
         if self.top_logprobs is not None and not self.with_logprobs:
@@ -116,6 +113,10 @@ class ResponsesRequest(SamplingFields):
         max_tokens = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
         logprobs = (self.top_logprobs or 0) if self.with_logprobs else None
         return {**super().given(), "max_tokens": max_tokens, "logprobs": logprobs}
+
+    def grammar_fields(self) -> dict[str, Any]:
+        """Beside the others, text.format."""
+        return {**super().grammar_fields(), "text.format": (self.text and self.text.format) or None}
 
     def spelling(self, name: str) -> str:
         """As OpenAI spells them here."""
@@ -249,7 +250,7 @@ class _Response(Exchange):
             # Whatever was asked: nothing is stored.
             "store": False,
             "temperature": sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": body.top_logprobs or 0,

@@ -11,10 +11,12 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sightline.errors import RequestError
-from sightline.types import SamplingParams
+from sightline.prompt.grammar import grammar_of
+from sightline.types import Grammar, SamplingParams
 
 logger = logging.getLogger("sightline.server")
 
@@ -33,14 +35,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "functions": (),
     "function_call": ("none", "auto"),
     "audio": (),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
@@ -56,6 +50,18 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "cache_salt": (),
 }
+# What an answer must look like, in the words of OpenAI, SGLang and vLLM.
+GRAMMAR_FIELDS = (
+    "response_format",
+    "json_schema",
+    "regex",
+    "ebnf",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 
 
 class Body(BaseModel):
@@ -131,6 +137,15 @@ class SamplingFields(Body):
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     rid: str | None = None
 
     def check(self) -> None:
@@ -159,7 +174,16 @@ class SamplingFields(Body):
             "logit_bias": _logit_bias(self.logit_bias or {}),
             "ignore_eos": self.ignore_eos,
             "skip_special_tokens": self.skip_special_tokens,
+            "grammar": self._grammar(),
         }
+
+    def grammar_fields(self) -> dict[str, Any]:
+        """The fields that `grammar_of` reads."""
+        return {name: getattr(self, name) for name in GRAMMAR_FIELDS}
+
+    def _grammar(self) -> Grammar | None:
+        grammar = grammar_of(self.grammar_fields())
+        return grammar and msgspec.structs.replace(grammar, source=self.spelling(grammar.source))
 
     def spelling(self, name: str) -> str:
         """What this endpoint calls a field of `SamplingParams`."""
@@ -167,8 +191,8 @@ class SamplingFields(Body):
 
     def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
         """Sampling parameters; fields left out come from `defaults` (the model's own), then OpenAI's. Validated."""
-        params = SamplingParams(**{**defaults, **{k: v for k, v in self.given().items() if v is not None}})
         try:
+            params = SamplingParams(**{**defaults, **{k: v for k, v in self.given().items() if v is not None}})
             params.validate(vocab_size)
         except RequestError as error:
             if error.param is not None:
@@ -177,12 +201,6 @@ class SamplingFields(Body):
                 error.param = spelled
             raise
         return params
-
-
-class ResponseFormat(BaseModel):
-    """`response_format`; only text is served."""
-
-    type: str
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -195,7 +213,6 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: int | None = ranged(minimum=0, maximum=20)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -207,11 +224,6 @@ class ChatCompletionRequest(SamplingFields):
     def check(self) -> None:
         """What the fields say together, and the shape of messages."""
         super().check()
-        if self.response_format is not None and self.response_format.type != "text":
-            raise RequestError(
-                f"response_format of type {self.response_format.type[:40]!r} is not supported by this server yet; use text.",
-                param="response_format",
-            )
         if self.modalities and self.modalities != ["text"]:
             raise RequestError("modalities: this server answers with text only.", param="modalities")
         if self.top_logprobs is not None and not self.logprobs:

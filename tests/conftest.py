@@ -6,17 +6,22 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-import pytest
-
-from tests import servers
-
 # Before anything imports torch or huggingface_hub, also in child processes: no network, and one thread, because the models
 # of tests are so small that threads of one operation mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from tests import servers
+
 for name in [n for n in os.environ if n.startswith("SIGHTLINE_") and n != "SIGHTLINE_TEST_DEVICE"]:
     del os.environ[name]
+# Without a GPU, kernels run in Triton's interpreter: it must know before anything imports triton, as transformers may.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 

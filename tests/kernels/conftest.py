@@ -7,14 +7,10 @@ import os
 import pytest
 import torch
 
-# read when a kernel is declared, so before the tests import one
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the kernels run."""
+    """Where the kernels run; `tests/conftest.py` decides."""
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     return torch.device("cuda" if torch.cuda.is_available() and not interpreting else "cpu")
 

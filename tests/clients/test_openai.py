@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.clients.test_brief import FIRST, MODEL, QUESTION, data_url, is_first
 
@@ -88,3 +91,21 @@ def test_headers(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model=MODEL, messages=messages, temperature=9)  # type: ignore[arg-type]
     assert error.value.response.headers["x-should-retry"] == "false"
+
+
+class Square(BaseModel):
+    color: Literal["red", "green", "blue"]
+    corners: Literal[3, 4]
+
+
+def test_parsing_into_a_model(client: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": data_url(FIRST)}}]
+    messages = [{"role": "user", "content": parts}]
+    chat = client.chat.completions.parse(model=MODEL, messages=messages, temperature=0, response_format=Square)  # type: ignore[arg-type]
+    assert isinstance(chat.choices[0].message.parsed, Square)
+    response = client.responses.parse(model=MODEL, input=ITEMS, temperature=0, text_format=Square)  # type: ignore[arg-type]
+    assert response.output_parsed == chat.choices[0].message.parsed
+    with client.chat.completions.stream(
+        model=MODEL, messages=messages, temperature=0, response_format=Square
+    ) as stream:  # type: ignore[arg-type]
+        assert stream.get_final_completion().choices[0].message.parsed == response.output_parsed

@@ -24,7 +24,7 @@ from sightline.engine import grammar as module
 from sightline.engine.grammar import Matcher
 from sightline.errors import EngineError, RequestError
 from sightline.types import Grammar
-from tests import tiny
+from tests import tiny, tiny_mllama
 
 NUM_SCHEMAS = int(os.environ.get("SIGHTLINE_SCHEMAS", "64"))
 ASK = [{"role": "user", "content": "say something"}]
@@ -181,6 +181,19 @@ def test_the_grammar_ends_the_answer(engine: Engine) -> None:
     assert output.text in ("ab", "abc")
     assert output.outputs[0].finish_reason == "stop"
     assert answer(engine, "regex", "a{0}").text == ""
+
+
+def test_a_tokenizer_that_knows_more_than_the_output_head() -> None:
+    """Llama 3.2 Vision's picture token has no logit."""
+    with Engine(tiny_mllama.mllama()) as engine:
+        assert answer(engine, "choice", '["red", "green"]').text in ("red", "green")
+        schema = {
+            "type": "object",
+            "properties": {"a": {"enum": [1, 2]}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
+        assert json.loads(answer(engine, "json_schema", json.dumps(schema)).text)["a"] in (1, 2)
 
 
 def test_a_bad_grammar_is_refused_before_it_is_run(engine: Engine) -> None:

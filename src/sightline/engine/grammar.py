@@ -25,8 +25,9 @@ class Matcher:
     Nothing but `ready` and `start` may be called before `start`. Every method raises `EngineError` when the grammar fails.
     """
 
-    def __init__(self, compiled: Future[LLMatcher], vocab_size: int) -> None:
+    def __init__(self, compiled: Future[LLMatcher], tokenizer: Future[LLTokenizer], vocab_size: int) -> None:
         self.compiled = compiled
+        self._tokenizer = tokenizer
         self.started = False
         self.mask = np.full(-(-vocab_size // 32), -1, dtype=np.int32)
 
@@ -38,6 +39,7 @@ class Matcher:
     def start(self) -> None:
         """Begin an answer; only when ready."""
         self._matcher = self.compiled.result().deep_copy()
+        self._words = np.zeros(-(-self._tokenizer.result().vocab_size // 32), dtype=np.int32)
         self._check()
         self.started = True
 
@@ -48,9 +50,8 @@ class Matcher:
 
     def fill(self) -> None:
         """Write which tokens may come next. After an error all may."""
-        self._matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
-        if self._matcher.is_error():
-            self.mask.fill(-1)
+        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        self.mask[:] = -1 if self._matcher.is_error() else self._words[: len(self.mask)]
         self._check()
 
     def accept(self, token_id: int) -> None:
@@ -80,7 +81,7 @@ class GrammarCompiler:
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return Matcher(self._kept[key], self.vocab_size)
+        return Matcher(self._kept[key], self._tokenizer, self.vocab_size)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         return LLMatcher(self._tokenizer.result(), source_text(grammar), log_level=0, limits=limits())
@@ -92,5 +93,8 @@ def wait_for_any(matchers: Iterable[Matcher], timeout: float) -> None:
 
 
 def _tokenizer(model_dir: Path, eos_token_ids: Sequence[int], vocab_size: int) -> LLTokenizer:
-    eos = [i for i in eos_token_ids if i < vocab_size]
-    return LLTokenizer(str(model_dir / "tokenizer.json"), n_vocab=vocab_size, eos_token=eos or None)
+    path, eos = str(model_dir / "tokenizer.json"), [i for i in eos_token_ids if i < vocab_size] or None
+    tokenizer = LLTokenizer(path, eos_token=eos)
+    if tokenizer.vocab_size >= vocab_size:
+        return tokenizer
+    return LLTokenizer(path, n_vocab=vocab_size, eos_token=eos)

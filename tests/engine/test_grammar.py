@@ -235,7 +235,6 @@ def test_a_grammar_that_fails_ends_its_own_request(engine: Engine, monkeypatch: 
 
 
 def test_others_go_on_while_a_grammar_is_compiled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that is aborted while it waits leaves nothing behind."""
     held: list[Future[Any]] = []
     compiler_matcher = module.GrammarCompiler.matcher
 

@@ -71,7 +71,10 @@ class EngineConfig(BaseModel):
         None, "Requests computed at once; 256 on a GPU, 32 on a CPU by default.", "max-num-seqs", ge=1
     )
     chunked_prefill_size: int | None = setting(
-        None, "Tokens of one step; 8192 on a GPU, 2048 on a CPU by default.", "max-num-batched-tokens", ge=1
+        None,
+        "Tokens of one step; on a GPU 8192 by default, and 768 while others decode; on a CPU 2048.",
+        "max-num-batched-tokens",
+        ge=1,
     )
     disable_overlap_schedule: bool = setting(
         False, "On a GPU, wait for the tokens of each step before the next one is prepared."

@@ -21,6 +21,7 @@ _MAX_PROMPTS = 32
 # Rows of a mixed step, up to the scheduler's bound, and of these how many decode or are sampled.
 _TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 1024)
 _SAMPLED = (16, 64, 128, 256)
+_MIN_GAP = 128
 
 
 class HostStep(NamedTuple):
@@ -187,8 +188,12 @@ class StepGraphs:
         if num_rows > self.token_sizes[-1]:
             return None
         size = self.sampled_sizes[bisect_left(self.sampled_sizes, sampled)]
-        tokens = self.token_sizes[bisect_left(self.token_sizes, max(num_rows, min(size, self.token_sizes[-1])))]
-        return (tokens, size) if (tokens, size) in self._graphs else None
+        needed = max(num_rows, min(size, self.token_sizes[-1]))
+        tokens = self.token_sizes[bisect_left(self.token_sizes, needed)]
+        # between the last sizes there can be a wide gap, where padding would cost more than launches
+        if tokens - needed > max(_MIN_GAP, needed // 3) or (tokens, size) not in self._graphs:
+            return None
+        return tokens, size
 
     def run(
         self,

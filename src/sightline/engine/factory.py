@@ -36,8 +36,8 @@ from sightline.types import EngineRequest, LoadProgress, MemoryPlan, SamplingPar
 
 logger = logging.getLogger("sightline.engine")
 
-# On a GPU. Rows of a step that also decodes: they bound the time between two tokens while others' prompts come in. More would
-# hardly be faster, because then fewer decode rows ride along.
+# On a GPU, unless --chunked-prefill-size says otherwise. Rows of a step that also decodes: they bound the time between two tokens
+# while others' prompts come in. For prompts of one or two thousand tokens more is not faster, because fewer decode rows ride along.
 _MAX_MIXED_TOKENS = 768
 # On a GPU. Features encoded at once: a few pictures fill the device, and prompts wait for the whole batch.
 _MAX_ENCODE_TOKENS = 1024
@@ -109,7 +109,8 @@ def build_core(
         dtype=dtype,
         device=device,
     )
-    scheduler_config = _scheduler_config(runner, plan, max_step, dtype)
+    max_mixed = (config.chunked_prefill_size or _MAX_MIXED_TOKENS) if device.type == "cuda" else None
+    scheduler_config = _scheduler_config(runner, plan, max_step, max_mixed, dtype)
     if not scheduler_config.cross_attention:
         plan = msgspec.structs.replace(plan, image_token_bytes=scheduler_config.image_token_bytes)
     scheduler = Scheduler(
@@ -130,8 +131,8 @@ def build_core(
     )
     on_progress(LoadProgress("warm-up"))
     _warm_up(core)
-    if device.type == "cuda" and runner.backend.capturable and not config.disable_cuda_graph:
-        runner.graphs = _capture(config, runner, plan, on_progress)
+    if max_mixed is not None and runner.backend.capturable and not config.disable_cuda_graph:
+        runner.graphs = _capture(config, runner, plan, max_mixed, on_progress)
     return core, plan
 
 
@@ -159,7 +160,11 @@ def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, 
 
 
 def _capture(
-    config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, on_progress: Callable[[LoadProgress], None]
+    config: EngineConfig,
+    runner: ModelRunner,
+    plan: MemoryPlan,
+    max_mixed: int,
+    on_progress: Callable[[LoadProgress], None],
 ) -> StepGraphs:
     graphs = StepGraphs(
         runner.model,
@@ -167,7 +172,7 @@ def _capture(
         runner.backend,
         max_batch=min(config.cuda_graph_max_bs or plan.max_running_requests, plan.max_running_requests),
         max_running=plan.max_running_requests,
-        max_mixed=_MAX_MIXED_TOKENS,
+        max_mixed=max_mixed,
         num_heads=runner.model.config.num_attention_heads,
         max_pages=-(-plan.context_length // PAGE_SIZE),
         device=runner.device,
@@ -176,14 +181,16 @@ def _capture(
     return graphs
 
 
-def _scheduler_config(runner: ModelRunner, plan: MemoryPlan, max_step: int, dtype: torch.dtype) -> SchedulerConfig:
+def _scheduler_config(
+    runner: ModelRunner, plan: MemoryPlan, max_step: int, max_mixed: int | None, dtype: torch.dtype
+) -> SchedulerConfig:
     model = runner.model
     on_gpu = runner.device.type == "cuda"
     config = SchedulerConfig(
         page_size=PAGE_SIZE,
         max_step_tokens=max_step,
         max_running=plan.max_running_requests,
-        max_mixed_tokens=min(max_step, _MAX_MIXED_TOKENS) if on_gpu else None,
+        max_mixed_tokens=max_mixed,
         max_encode_tokens=min(max_step, _MAX_ENCODE_TOKENS) if on_gpu else max_step,
         image_token_bytes=model.config.hidden_size * dtype.itemsize,
     )

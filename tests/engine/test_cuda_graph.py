@@ -1,0 +1,115 @@
+"""Which graph runs a step, and how its numbers are laid out. The replay itself needs a GPU: tests/gpu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sightline.attention.backend import KVCache
+from sightline.engine.cuda_graph import HostStep, StepGraphs
+
+PAGE = 16
+
+
+class Backend:
+    """One tile for every four tokens."""
+
+    def plan_tiles(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_heads: int, cache: KVCache) -> np.ndarray:
+        tiles = [(i, first) for i, n in enumerate(q_lens) for first in range(0, n, 4)]
+        return np.asarray(tiles, dtype=np.int32).reshape(-1, 2)
+
+
+@pytest.fixture
+def graphs() -> StepGraphs:
+    model: Any = nn.Module()
+    model.config = SimpleNamespace(hidden_size=8, vocab_size=10)
+    cpu = torch.device("cpu")
+    cache = KVCache.allocate(
+        num_layers=1, num_pages=4, page_size=PAGE, num_kv_heads=1, head_dim=4, dtype=torch.float32, device=cpu
+    )
+    backend: Any = Backend()
+    result = StepGraphs(
+        model,
+        cache,
+        backend,
+        max_batch=32,
+        max_running=100,
+        max_mixed=512,
+        max_pages=4,
+        num_heads=2,
+        device=cpu,
+    )
+    captured: Any = object()
+    sizes = [(t, s) for t in result.token_sizes for s in result.sampled_sizes if s <= t]
+    result._graphs = dict.fromkeys([*((size, 0) for size in result.decode_sizes), *sizes], captured)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("rows", "decode", "sequences", "sampled", "expected"),
+    [
+        (1, 1, 1, 1, (1, 0)),
+        (9, 9, 9, 9, (16, 0)),
+        (32, 32, 32, 32, (32, 0)),
+        # more decode rows than the largest decode graph has: as a mixed step without prompts
+        (40, 40, 40, 40, (64, 64)),
+        (13, 0, 1, 1, (32, 16)),
+        (100, 3, 5, 4, (128, 16)),
+        # many rows to sample need as many tokens
+        (70, 69, 70, 70, (128, 100)),
+        (512, 10, 12, 12, (512, 16)),
+        # too many rows, prompts, sampled rows
+        (513, 10, 12, 12, None),
+        (200, 10, 10 + 33, 12, None),
+        (200, 101, 102, 101, None),
+    ],
+)
+def test_which_graph(
+    graphs: StepGraphs, rows: int, decode: int, sequences: int, sampled: int, expected: tuple[int, int] | None
+) -> None:
+    assert graphs.key(rows, decode, sequences, sampled) == expected
+
+
+def test_a_wide_gap_is_not_padded(graphs: StepGraphs) -> None:
+    graphs.token_sizes = [256, 2048]
+    graphs._graphs = dict.fromkeys([(256, 16), (2048, 16)], graphs._graphs[(256, 16)])
+    assert graphs.key(300, 4, 6, 5) is None
+    assert graphs.key(1700, 4, 6, 5) == (2048, 16)
+
+
+def test_the_layout_of_a_mixed_step(graphs: StepGraphs) -> None:
+    """Two decode rows, then prompts of 5 and 3 tokens of which the second has a history; a graph for 16 sampled rows."""
+    step = HostStep(
+        ids=np.arange(10),
+        places=[0, -1],
+        positions=np.tile(np.arange(10) + 100, (3, 1)),
+        slots=np.arange(10) + 50,
+        q_lens=[1, 1, 5, 3],
+        kv_lens=[7, 9, 5, 20],
+        page_table=np.ones((4, 2), dtype=np.int32),
+        sampled=[0, 1, 9],
+    )
+    inputs = graphs._inputs
+    parts = inputs._split(np.full(inputs._ends[-1], -7, dtype=np.int32))
+    graphs._fill(parts, step)
+    graphs._fill_prompts(parts, step, 16)
+    assert not any((part == -7).any() for part in parts.values()), "something was left as it was"
+    assert parts["ids"][:11].tolist() == [*range(10), 0]
+    assert parts["places"][:3].tolist() == [0, -1, -1]
+    assert parts["slots"][:11].tolist() == [*range(50, 60), -1]
+    assert parts["sampled"][:4].tolist() == [0, 1, 9, 0]
+    # decode rows, padding, then the prompts behind the graph's 16 places
+    assert parts["kv_lens"][:19].tolist() == [7, 9, *[0] * 14, 5, 20, 0]
+    assert parts["cu_seqlens"][16:20].tolist() == [2, 7, 10, 10]
+    tiles = parts["tiles"].reshape(-1, 2).tolist()
+    assert tiles[:3] == [[16, 0], [16, 4], [17, 0]]
+    for sequence, first in tiles[3:]:
+        assert first == 0
+        length = parts["cu_seqlens"][sequence + 1] - parts["cu_seqlens"][sequence]
+        assert length == parts["kv_lens"][sequence] == 0, "a padding tile of a sequence that has tokens"

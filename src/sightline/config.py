@@ -108,6 +108,9 @@ class ServerConfig(EngineConfig):
         None,
         "Name of a built-in template, a .jinja file, or a .json file in SGLang's form; the checkpoint's by default.",
     )
+    tool_call_parser: Literal["auto", "hermes", "llama3"] = setting(
+        "auto", "How the model writes calls of tools; auto reads it from the chat template."
+    )
     api_key: tuple[str, ...] = setting(
         (), "Key that clients must send; may be given several times. Each key is a tenant with caches of its own."
     )

@@ -72,7 +72,6 @@ stream-output | switch | /generate sends the text so far, as SGLang does by defa
 constrained-json-whitespace-pattern | | JSON has the grammar's own white space
 watchdog-timeout | | the engine has no timer for a step
 enable-metrics | switch | counters are at /server_info
-tool-call-parser | | tools are not supported yet
 dist-timeout | | there is one process group of one device
 base-gpu-id | 0 | choose the device with CUDA_VISIBLE_DEVICES
 gpu-id-step | 1 | choose the device with CUDA_VISIBLE_DEVICES

@@ -200,11 +200,35 @@ def _(api: Api) -> None:
     api.refused("response_format", response_format={"type": "xml"})
 
 
-# Until tools are served.
-refused(REQUEST, "tools", [{"type": "function", "function": {"name": "f"}}], "not yet")
-refused(REQUEST, "tool_choice", "required", "not yet; none and auto are accepted")
-refused(REQUEST, "functions", [{"name": "f"}], "deprecated by OpenAI")
-accepted(REQUEST, "parallel_tool_calls", False)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
+    },
+}
+
+
+@row(REQUEST, "tools", WORKS, "functions; calls are read from the answer as its chat template has the model write them")
+def _(api: Api) -> None:
+    plain, told = (api.chat(**body)["usage"]["prompt_tokens"] for body in ({}, {"tools": [TOOL]}))
+    assert told > plain
+    api.refused("tools", tools=[])
+    api.refused("tools[1].function.name", tools=[TOOL, TOOL])
+    api.refused("tools[0].function.name", tools=[{"type": "function", "function": {"name": "<|im_end|>"}}])
+
+
+@row(REQUEST, "tool_choice none, auto", WORKS)
+def _(api: Api) -> None:
+    assert api.text(tools=[TOOL], tool_choice="none") == api.text()
+    assert api.text(tools=[TOOL], tool_choice="auto") == api.text(tools=[TOOL])
+    api.refused("tool_choice", tools=[TOOL], tool_choice="sometimes")
+
+
+refused(REQUEST, "tool_choice required", "required", "not yet; none and auto work")
+refused(REQUEST, "functions", [{"name": "f"}], "deprecated by OpenAI: use tools")
+refused(REQUEST, "function_call", {"name": "f"}, "deprecated by OpenAI: use tool_choice")
 
 # -- messages ----------------------------------------------------------------------------------------------------------
 
@@ -231,6 +255,17 @@ def _(api: Api) -> None:
     as_text = {"role": "assistant", "content": "I cannot."}
     one, other = (api.chat(messages=[*ask("x"), m, *ask("y")])["usage"]["prompt_tokens"] for m in (said, as_text))
     assert one == other
+
+
+@row(MESSAGES, "tool_calls, and role tool", WORKS, "calls of the assistant and their results")
+def _(api: Api) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    asked = [*ask("x"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
+    api.chat(messages=[*asked, result], tools=[TOOL])
+    api.chat(messages=[*asked, {**result, "content": [{"type": "text", "text": "sunny"}]}])
+    call["function"]["arguments"] = "{"
+    api.refused("messages[1].tool_calls[0].function.arguments", messages=[*asked, result])
 
 
 @row(MESSAGES, "name", "accepted", "chat templates of these models have no place for it")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sightline.engine.output import CompletionOutput, RequestOutput
+from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.processor import PixelLimits
+from sightline.prompt.tools import ToolCall, ToolParser, parser_kind
 from sightline.server.exchange import Exchange, check_model, logprob_entries
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import ChatCompletionRequest
@@ -34,6 +36,7 @@ async def chat_prompt(lifecycle: Lifecycle, body: ChatCompletionRequest) -> Prom
     bounds = body.mm_processor_kwargs
     return await lifecycle.pipeline.chat(
         body.messages,
+        tools=body.tool_use.tools if body.tool_use else None,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
         template_kwargs=body.chat_template_kwargs,
@@ -46,6 +49,7 @@ class _Chat(Exchange):
         sampling = body.sampling(lifecycle.sampling_defaults, lifecycle.pipeline.tokenizer.vocab_size)
         super().__init__(lifecycle, f"chatcmpl-{uuid.uuid4().hex}", [sampling], body.rid)
         self.request = body
+        self.parsers = _parsers(lifecycle, body, sampling.n)
         self.head: dict[str, Any] = {
             "id": self.request_id,
             "created": self.created,
@@ -65,13 +69,25 @@ class _Chat(Exchange):
 
     def _choice(self, output: CompletionOutput) -> dict[str, Any]:
         logprobs = {"content": logprob_entries(self.tokenizer, output.logprobs), "refusal": None}
+        pieces = self._pieces(output.index, output.text, final=True)
+        calls = [_call(piece) for piece in pieces if isinstance(piece, ToolCall)]
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
         return {
             "index": output.index,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "message": {**message, "tool_calls": calls} if calls else message,
             "logprobs": logprobs if self.request.logprobs else None,
-            "finish_reason": output.finish_reason,
+            "finish_reason": self._finish_reason(output.index, output.finish_reason),
             "stop_reason": output.stop_reason,
         }
+
+    def _pieces(self, index: int, text: str, final: bool) -> list[str | ToolCall]:
+        """New text of a choice as what its reader sees: text and calls."""
+        return self.parsers[index].feed(text, final=final) if self.parsers else [text] if text else []
+
+    def _finish_reason(self, index: int, reason: FinishReason | None) -> FinishReason | None:
+        called = self.parsers and self.parsers[index].num_calls
+        return FinishReason.TOOL_CALLS if called and reason is FinishReason.STOP else reason
 
     async def events(self) -> AsyncGenerator[dict[str, Any] | None]:
         """chat.completion.chunk objects, then None."""
@@ -85,17 +101,48 @@ class _Chat(Exchange):
         async for _, delta in self.deltas():
             if delta.index not in opened:
                 opened.add(delta.index)
-                yield chunk(delta.index, {"role": "assistant", "content": "", "refusal": None})
-            if delta.text or delta.logprobs:
+                # An answer that turns out to be calls alone has no content.
+                yield chunk(
+                    delta.index, {"role": "assistant", "content": None if self.parsers else "", "refusal": None}
+                )
+            logprobs = None
+            if self.request.logprobs and delta.logprobs:
+                logprobs = {"content": logprob_entries(self.tokenizer, delta.logprobs), "refusal": None}
+            for message in self._message_deltas(delta):
+                yield chunk(delta.index, message, logprobs)
                 logprobs = None
-                if self.request.logprobs:
-                    logprobs = {"content": logprob_entries(self.tokenizer, delta.logprobs), "refusal": None}
-                yield chunk(delta.index, {"content": delta.text}, logprobs)
+            if logprobs:
+                yield chunk(delta.index, {} if self.parsers else {"content": ""}, logprobs)
             if delta.finish_reason is not None:
-                yield chunk(delta.index, {}, None, delta.finish_reason, delta.stop_reason)
+                reason = self._finish_reason(delta.index, delta.finish_reason)
+                yield chunk(delta.index, {}, None, reason, delta.stop_reason)
         if options and options.include_usage:
             yield self.chunk(head, [], options)
         yield None
+
+    def _message_deltas(self, delta: OutputDelta) -> Iterator[dict[str, Any]]:
+        """What a delta adds to the message: text, or a call's name and then its arguments."""
+        for piece in self._pieces(delta.index, delta.text, final=delta.finish_reason is not None):
+            if isinstance(piece, str):
+                yield {"content": piece}
+            else:
+                opening = _call(replace(piece, arguments=""))
+                yield {"tool_calls": [{"index": piece.index, **opening}]}
+                yield {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]}
+
+
+def _parsers(lifecycle: Lifecycle, body: ChatCompletionRequest, n: int) -> list[ToolParser]:
+    """One for each choice; none where no tool may be called."""
+    use = body.tool_use
+    if use is None:
+        return []
+    template = lifecycle.pipeline.template_for(body.messages, use.tools)
+    kind = parser_kind(lifecycle.config.tool_call_parser, template.source)
+    return [ToolParser(kind, use.names, parallel=use.parallel) for _ in range(n)]
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _choice(

@@ -97,7 +97,9 @@ _ANSWERS = {
                 _object(
                     {
                         "index": _COUNT,
-                        "message": _object({"role": {"const": "assistant"}, "content": _MAYBE_TEXT}),
+                        "message": _object(
+                            {"role": {"const": "assistant"}, "content": _MAYBE_TEXT}, {"tool_calls": _list(_ANY_OBJECT)}
+                        ),
                         "finish_reason": _FINISH,
                         "logprobs": _either(_ANY_OBJECT, _NULL),
                     },

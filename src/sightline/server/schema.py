@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sightline.errors import RequestError
 from sightline.prompt.grammar import grammar_of
+from sightline.prompt.tools import ToolUse, read_tools
 from sightline.types import Grammar, SamplingParams
 
 logger = logging.getLogger("sightline.server")
@@ -62,6 +63,7 @@ GRAMMAR_FIELDS = (
     "guided_choice",
     "guided_grammar",
 )
+_INSTEAD = {"functions": "use tools", "function_call": "use tool_choice"}
 
 
 class Body(BaseModel):
@@ -87,7 +89,8 @@ class Body(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in self.refused:
                 if value is not None and value not in self.refused[name]:
-                    raise RequestError(f"{name} is not supported by this server yet; leave it out.", param=name)
+                    remedy = _INSTEAD.get(name, "leave it out")
+                    raise RequestError(f"{name} is not supported by this server yet; {remedy}.", param=name)
             elif name not in self.harmless:
                 _log_once(name)
 
@@ -213,6 +216,9 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: int | None = ranged(minimum=0, maximum=20)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -230,10 +236,17 @@ class ChatCompletionRequest(SamplingFields):
             raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
         check_stream_options(self.stream_options, self.stream)
         check_metadata(self.metadata)
+        if self.tool_use and self.tool_use.forced:
+            raise RequestError("tool_choice can be none or auto on this server so far.", param="tool_choice")
         if not self.messages:
             raise RequestError("messages must hold at least one message.", param="messages", code="empty_array")
         for i, message in enumerate(self.messages):
             check_message(message, f"messages[{i}]")
+
+    @functools.cached_property
+    def tool_use(self) -> ToolUse | None:
+        """Which tools may be called, and how."""
+        return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def given(self) -> dict[str, Any]:
         """max_completion_tokens wins over max_tokens."""
@@ -269,8 +282,6 @@ def check_message(message: Mapping[str, Any], param: str) -> None:
         raise RequestError(
             f"{param}.role must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}.", param=f"{param}.role"
         )
-    if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function"):
-        raise RequestError("Tools are not supported by this server yet; send their results as text.", param=param)
     content = message.get("content")
     if content is None:
         if role == "assistant":

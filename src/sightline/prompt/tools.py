@@ -1,0 +1,308 @@
+"""Tools: what a request may declare, and the calls in an answer's text.
+
+Two ways of writing a call are known. `hermes` (Qwen): `<tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call>`.
+`llama3`: an answer that is `{"name": ..., "parameters": ...}`, or that has it behind `<|python_tag|>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from sightline.errors import RequestError
+
+MAX_TOOLS = 128
+MAX_BYTES = 256 * 1024
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_HALF = re.compile(r"[\ud800-\udfff]")
+
+ParserKind = Literal["hermes", "llama3"]
+
+
+class Markup(NamedTuple):
+    """What stands before and behind a call, what its arguments are called, and whether an answer may begin with one that
+    has nothing before it."""
+
+    start: str
+    end: str
+    arguments: str
+    bare: bool
+
+
+MARKUP: dict[ParserKind, Markup] = {
+    "hermes": Markup("<tool_call>", "</tool_call>", "arguments", bare=False),
+    "llama3": Markup("<|python_tag|>", ";", "parameters", bare=True),
+}
+
+
+# -- what a request says -----------------------------------------------------------------------------------------------
+
+
+class ToolUse(NamedTuple):
+    """tools: those that the model is told of. names: those it may call. forced: whether it must call one. parallel: whether
+    it may call several."""
+
+    tools: list[dict[str, Any]]
+    names: frozenset[str]
+    forced: bool
+    parallel: bool
+
+
+def read_tools(tools: Any, tool_choice: Any = None, parallel: bool | None = None) -> ToolUse | None:
+    """`tools`, `tool_choice` and `parallel_tool_calls` of chat completions; None where no tool may be called.
+
+    Raises `RequestError` naming the field.
+    """
+    if tools is None:
+        if tool_choice not in (None, "none", "auto"):
+            raise RequestError("tool_choice needs tools.", param="tool_choice")
+        return None
+    names = _check_tools(tools)
+    several = parallel is not False
+    match tool_choice:
+        case None | "auto":
+            return ToolUse(tools, names, False, several)
+        case "none":
+            return None
+        case "required":
+            return ToolUse(tools, names, True, several)
+        case {"type": "function", "function": {"name": str(name)}}:
+            return ToolUse(tools, _known([name], names, "tool_choice.function.name"), True, False)
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*allowed]}}:
+            where = "tool_choice.allowed_tools.tools"
+            few = _known([_name_of(each, f"{where}[{i}]") for i, each in enumerate(allowed)], names, where)
+            told = [tool for tool in tools if tool["function"]["name"] in few]
+            return ToolUse(told, few, mode == "required", several)
+        case _:
+            raise RequestError(
+                'tool_choice must be none, auto, required, {"type": "function", "function": {"name": ...}} or '
+                '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}.',
+                param="tool_choice",
+            )
+
+
+def _check_tools(tools: Any) -> frozenset[str]:
+    if not isinstance(tools, list) or not tools:
+        raise RequestError("tools must be a non-empty list.", param="tools")
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"tools may hold at most {MAX_TOOLS} tools.", param="tools")
+    if len(json.dumps(tools)) > MAX_BYTES:
+        raise RequestError(f"tools are larger than {MAX_BYTES // 1024} KiB; shorten them.", param="tools")
+    names: set[str] = set()
+    for i, tool in enumerate(tools):
+        name = _name_of(tool, f"tools[{i}]")
+        where = f"tools[{i}].function"
+        function = tool["function"]
+        if not _NAME.fullmatch(name):
+            rule = "at most 64 letters, digits, underscores and dashes"
+            raise RequestError(f"{where}.name must be {rule}.", param=f"{where}.name")
+        if name in names:
+            raise RequestError(f"tools has {name!r} twice.", param=f"{where}.name")
+        names.add(name)
+        if not isinstance(function.get("description"), str | None):
+            raise RequestError(f"{where}.description must be a string.", param=f"{where}.description")
+        if not isinstance(function.get("strict"), bool | None):
+            raise RequestError(f"{where}.strict must be true or false.", param=f"{where}.strict")
+        parameters = function.get("parameters")
+        if parameters is not None and (
+            not isinstance(parameters, dict) or parameters.get("type", "object") != "object"
+        ):
+            raise RequestError(f"{where}.parameters must be a JSON schema of an object.", param=f"{where}.parameters")
+    return frozenset(names)
+
+
+def _name_of(tool: Any, where: str) -> str:
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        raise RequestError(f"{where}.type must be function.", param=f"{where}.type")
+    function = tool.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError(f"{where}.function.name is missing.", param=f"{where}.function.name")
+    return str(function["name"])
+
+
+def _known(chosen: list[str], names: Collection[str], where: str) -> frozenset[str]:
+    if not chosen:
+        raise RequestError(f"{where} is empty.", param=where)
+    for name in chosen:
+        if name not in names:
+            raise RequestError(f"{where}: {name[:64]!r} is not among the tools.", param=where)
+    return frozenset(chosen)
+
+
+def parser_kind(setting: str, template: str) -> ParserKind:
+    """How the model writes calls: `setting` unless that is auto, else as its chat template (Jinja text) says.
+
+    Raises `RequestError` when the template does not tell.
+    """
+    if setting == "hermes" or (setting == "auto" and MARKUP["hermes"].start in template):
+        return "hermes"
+    if setting == "llama3" or MARKUP["llama3"].start in template or '"parameters"' in template:
+        return "llama3"
+    raise RequestError(
+        "This server cannot tell how its model writes calls of tools; it must be started with --tool-call-parser.",
+        param="tools",
+    )
+
+
+# -- calls in an answer ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One complete call. arguments: the text of a JSON object."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolParser:
+    """Splits one answer's text, as it comes, into what the user may read and calls.
+
+    A call is given out when it is complete and valid: a known name, arguments that are a JSON object. Anything else that
+    looked like one is text. White space around calls is dropped. Without `parallel`, calls after the first are dropped.
+    The result does not depend on how the text was cut.
+    """
+
+    def __init__(self, kind: ParserKind, names: Collection[str], *, parallel: bool = True) -> None:
+        self._markup = MARKUP[kind]
+        self._names = names
+        self._parallel = parallel
+        self._text = ""
+        self._may_be_bare = self._markup.bare
+        self._behind_call = False
+        self._object: _ObjectScanner | None = None
+        self.num_calls = 0
+
+    def feed(self, text: str, *, final: bool = False) -> list[str | ToolCall]:
+        """Text and calls that are certain now; `final` ends the answer."""
+        self._text += text
+        found: list[str | ToolCall] = []
+        while (piece := self._in_call() if self._object else self._outside(final)) is not None:
+            if piece:
+                found.append(piece)
+        if final and self._text:
+            found.append(self._text)
+            self._text = ""
+        return _joined(found)
+
+    def _outside(self, final: bool) -> str | None:
+        """One step outside of calls: text to show (may be empty), or None when more must come first."""
+        start, end, text = self._markup.start, self._markup.end, self._text
+        bare = text.lstrip()
+        if self._behind_call:
+            if bare.startswith(end):
+                self._text = bare[len(end) :]
+                self._behind_call = False
+                return ""
+            if end.startswith(bare):
+                self._text = "" if final else text
+                return None
+            self._behind_call = False
+        if self._may_be_bare and bare:
+            if bare[0] == "{":
+                self._object = _ObjectScanner(len(text) - len(bare))
+                return ""
+            self._may_be_bare = False
+        at = text.find(start)
+        if at >= 0:
+            if shown := text[:at].rstrip():
+                self._text = text[len(shown) :]
+                return shown
+            after = text[at + len(start) :].lstrip()
+            if not after:
+                return None
+            if after[0] == "{":
+                self._object = _ObjectScanner(len(text) - len(after))
+                return ""
+            self._text = text[at + len(start) :]
+            return text[: at + len(start)]
+        keep = _overlap(text, start)
+        shown = text[: len(text) - keep].rstrip()
+        self._text = text[len(shown) :]
+        if final and self.num_calls and not self._text.strip():
+            self._text = ""
+        return shown or None
+
+    def _in_call(self) -> str | ToolCall | None:
+        """A call or text when the object has ended, else None."""
+        assert self._object is not None
+        end = self._object.end(self._text)
+        if end is None:
+            return None
+        call = self._call(self._text[self._object.start : end])
+        shown = "" if call else self._text[:end]
+        self._text, self._object = self._text[end:], None
+        self._behind_call = call is not None
+        self._may_be_bare = self._markup.bare and self._behind_call
+        if call is None:
+            return shown
+        self.num_calls += 1
+        return call if self.num_calls == 1 or self._parallel else ""
+
+    def _call(self, text: str) -> ToolCall | None:
+        try:
+            value = json.loads(text)
+            arguments = value.get("arguments", value.get("parameters", {}))
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments)
+            if value.get("name") not in self._names or not isinstance(arguments, Mapping):
+                return None
+            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            if _HALF.search(written):
+                written = json.dumps(arguments)  # UTF-8 has no halves of pairs
+        except (ValueError, TypeError, RecursionError):
+            return None
+        return ToolCall(self.num_calls, f"call_{uuid.uuid4().hex[:24]}", value["name"], written)
+
+
+class _ObjectScanner:
+    """Finds the end of the JSON object that begins at `start` of a text that grows; each character is read once."""
+
+    _STRUCTURE = re.compile(r'["{}]')
+    _STRING = re.compile(r'["\\]')
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self._position = start
+        self._depth = 0
+        self._in_string = False
+
+    def end(self, text: str) -> int | None:
+        """The index behind the object, or None when it is not complete."""
+        while match := (self._STRING if self._in_string else self._STRUCTURE).search(text, self._position):
+            character, self._position = match.group(), match.end()
+            if character == "\\":
+                if self._position == len(text):
+                    self._position -= 1
+                    return None
+                self._position += 1
+            elif character == '"':
+                self._in_string = not self._in_string
+            else:
+                self._depth += 1 if character == "{" else -1
+                if self._depth == 0:
+                    return self._position
+        self._position = len(text)
+        return None
+
+
+def _overlap(text: str, start: str) -> int:
+    """Length of the longest end of `text` with which `start` begins."""
+    return next((size for size in range(min(len(start) - 1, len(text)), 0, -1) if start.startswith(text[-size:])), 0)
+
+
+def _joined(found: list[str | ToolCall]) -> list[str | ToolCall]:
+    """With neighbouring texts as one."""
+    joined: list[str | ToolCall] = []
+    for piece in found:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined

@@ -1,0 +1,176 @@
+"""What a request may say about tools, and calls found in text however it is cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sightline.errors import RequestError
+from sightline.prompt.named_templates import NAMED_TEMPLATES
+from sightline.prompt.tools import MAX_BYTES, MAX_TOOLS, ToolCall, ToolParser, parser_kind, read_tools
+
+
+def tool(name: str = "weather", **function: Any) -> dict:
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def hermes(name: str, **arguments: Any) -> str:
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{body}\n</tool_call>"
+
+
+def parse(kind: Any, *pieces: str, parallel: bool = True) -> tuple[str, list[tuple[str, Any]]]:
+    """(content, calls) of an answer that comes in these pieces."""
+    parser = ToolParser(kind, {"weather", "time"}, parallel=parallel)
+    found = [each for piece in pieces for each in parser.feed(piece)] + parser.feed("", final=True)
+    calls = [each for each in found if isinstance(each, ToolCall)]
+    assert [call.index for call in calls] == list(range(len(calls)))
+    assert all(call.id.startswith("call_") and len(call.id) == 29 for call in calls)
+    assert len({call.id for call in calls}) == len(calls)
+    text = "".join(each for each in found if isinstance(each, str))
+    return text, [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+PARIS = ("weather", {"city": "Paris"})
+TRICKY = {"city": 'a "}{" \\ b </tool_call> <|python_tag|> é \U0001f600', "deep": [{"x": {}}]}
+LLAMA = '{"name": "weather", "parameters": {"city": "Paris"}}'
+
+CASES: list[tuple[str, str, str, list]] = [
+    ("hermes", "Just words.", "Just words.", []),
+    ("hermes", " words, < and <tool and {} \n\n", " words, < and <tool and {} \n\n", []),
+    ("hermes", hermes("weather", city="Paris"), "", [PARIS]),
+    ("hermes", "\n\n" + hermes("weather", city="Paris") + "\n", "", [PARIS]),
+    ("hermes", "Let me see.\n" + hermes("weather", city="Paris"), "Let me see.", [PARIS]),
+    ("hermes", hermes("weather", city="Paris") + "\n" + hermes("time"), "", [PARIS, ("time", {})]),
+    ("hermes", hermes("weather", city="Paris") + hermes("time") + " done", " done", [PARIS, ("time", {})]),
+    ("hermes", hermes("weather", **TRICKY), "", [("weather", TRICKY)]),
+    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "time"}</tool_call>', "", [("time", {"a": 1})]),
+    ("hermes", '<tool_call>{"name": "time"}', "", [("time", {})]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": "{\\"a\\": 1}"}</tool_', "", [("time", {"a": 1})]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": {"a": "\\ud83d"}}', "", [("time", {"a": "\ud83d"})]),
+    ("llama3", LLAMA, "", [PARIS]),
+    ("llama3", " \n" + LLAMA + "\n", "", [PARIS]),
+    ("llama3", "<|python_tag|>" + LLAMA, "", [PARIS]),
+    ("llama3", "I look.<|python_tag|>" + LLAMA, "I look.", [PARIS]),
+    ("llama3", LLAMA + "; " + LLAMA, "", [PARIS, PARIS]),
+    ("llama3", "It is {not} a call.", "It is {not} a call.", []),
+    ("llama3", "See: " + LLAMA, "See: " + LLAMA, []),
+]
+# What looks like a call and is none stays text, to the last character.
+for broken in (
+    "<tool_call>",
+    "<tool_call>\n",
+    '<tool_call>\n{"name": "weather", "argum',
+    '<tool_call>{"name": "weather", "arguments": {"city": "Par\\',
+    '<tool_call>{"name": "unknown", "arguments": {}}</tool_call> x',
+    '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": {"x": 1e999}}</tool_call>',
+    '<tool_call>{"name": ["weather"], "arguments": {}}</tool_call>',
+    "<tool_call>{'name': 'weather'}</tool_call>",
+    "<tool_call> words </tool_call>",
+    "<tool_call>{" + '"a":{' * 3000 + "}" * 3001,
+):
+    CASES.append(("hermes", broken, broken, []))
+for broken in (
+    '{"answer": 42}',
+    '{"name": "weather"',
+    '{"name": "weather", "parameters": 3}',
+    "<|python_tag|>print(1)",
+):
+    CASES.append(("llama3", broken, broken, []))
+
+
+@pytest.mark.parametrize(("kind", "text", "content", "calls"), CASES, ids=lambda value: str(value)[:40])
+def test_calls_are_found_however_the_text_is_cut(kind: str, text: str, content: str, calls: list) -> None:
+    assert parse(kind, text) == (content, calls)
+    if len(text) < 1000:
+        assert parse(kind, *text) == (content, calls)
+        for at in range(1, len(text)):
+            assert parse(kind, text[:at], text[at:]) == (content, calls), at
+
+
+def test_a_call_between_two_others_that_is_wrong_stays_text() -> None:
+    wrong = '<tool_call>{"name": "weather", "arguments": 1}</tool_call>'
+    text = hermes("time") + wrong + hermes("weather", city="Paris")
+    assert parse("hermes", *text) == (wrong, [("time", {}), PARIS])
+
+
+def test_calls_after_the_first_are_dropped_unless_parallel() -> None:
+    text = "a " + hermes("time") + "\n" + hermes("weather", city="Paris")
+    assert parse("hermes", *text, parallel=False) == ("a", [("time", {})])
+
+
+def test_text_is_shown_at_once_up_to_what_may_begin_a_call() -> None:
+    parser = ToolParser("hermes", {"time"})
+    assert parser.feed("Hello") == ["Hello"]
+    assert parser.feed(" <b> <tool") == [" <b>"]
+    assert parser.feed("box>") == [" <toolbox>"]
+
+
+def test_long_answers_take_linear_time() -> None:
+    text = '<tool_call>{"name": "time", "arguments": {"x": "' + "{}" * 100_000 + '"}}</tool_call>'
+    content, calls = parse("hermes", *(text[i : i + 4] for i in range(0, len(text), 4)))
+    assert content == ""
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "kind"), [("qwen2-vl", "hermes"), ("chatml-llava", "hermes"), ("llama_3_vision", "llama3")]
+)
+def test_the_template_tells_how_calls_are_written(template: str, kind: str) -> None:
+    assert parser_kind("auto", NAMED_TEMPLATES[template]) == kind
+    assert parser_kind("llama3", NAMED_TEMPLATES[template]) == "llama3"
+    assert parser_kind("hermes", "") == "hermes"
+
+
+def test_a_template_that_does_not_tell_is_an_error() -> None:
+    with pytest.raises(RequestError, match="--tool-call-parser"):
+        parser_kind("auto", "{{ tools }}")
+
+
+BAD: list[tuple[str, dict]] = [
+    ("tools", {"tools": []}),
+    ("tools", {"tools": {}}),
+    ("tools", {"tools": [tool(f"t{i}") for i in range(MAX_TOOLS + 1)]}),
+    ("tools", {"tools": [tool(description="x" * MAX_BYTES)]}),
+    ("tools[0].type", {"tools": [{"type": "custom", "custom": {"name": "x"}}]}),
+    ("tools[0].type", {"tools": ["weather"]}),
+    ("tools[0].function.name", {"tools": [{"type": "function", "function": {}}]}),
+    ("tools[0].function.name", {"tools": [tool("get weather")]}),
+    ("tools[0].function.name", {"tools": [tool("<|im_end|>")]}),
+    ("tools[0].function.name", {"tools": [tool("x" * 65)]}),
+    ("tools[0].function.name", {"tools": [tool("weather\n")]}),
+    ("tools[1].function.name", {"tools": [tool(), tool()]}),
+    ("tools[0].function.description", {"tools": [tool(description=1)]}),
+    ("tools[0].function.strict", {"tools": [tool(strict="yes")]}),
+    ("tools[0].function.parameters", {"tools": [tool(parameters=[])]}),
+    ("tools[0].function.parameters", {"tools": [tool(parameters={"type": "string"})]}),
+    ("tool_choice", {"tools": None, "tool_choice": "required"}),
+    ("tool_choice", {"tools": [tool()], "tool_choice": "always"}),
+    ("tool_choice", {"tools": [tool()], "tool_choice": {"type": "function"}}),
+    ("tool_choice.function.name", {"tools": [tool()], "tool_choice": tool("other")}),
+]
+for allowed, field in (([], ""), ([tool("other")], ""), ([{"type": "function"}], "[0].function.name")):
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": allowed}}
+    BAD.append((f"tool_choice.allowed_tools.tools{field}", {"tools": [tool()], "tool_choice": choice}))
+
+
+@pytest.mark.parametrize(("param", "fields"), BAD, ids=[f"{i} {param}" for i, (param, _) in enumerate(BAD)])
+def test_what_is_wrong_is_named(param: str, fields: dict) -> None:
+    with pytest.raises(RequestError) as caught:
+        read_tools(**fields)
+    assert caught.value.param == param
+
+
+def test_choices_say_what_may_be_called() -> None:
+    tools = [tool("weather"), tool("time", parameters={"type": "object"}, strict=True)]
+    assert read_tools(None) is read_tools(None, "auto") is read_tools(tools, "none") is None
+    both = frozenset({"weather", "time"})
+    assert read_tools(tools) == read_tools(tools, "auto", True) == (tools, both, False, True)
+    assert read_tools(tools, "required", False) == (tools, both, True, False)
+    assert read_tools(tools, tool("time")) == (tools, frozenset({"time"}), True, False)
+    for mode in ("auto", "required"):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [tool("time")]}}
+        assert read_tools(tools, choice) == (tools[1:], frozenset({"time"}), mode == "required", True)

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer as HFTokenizer
 
 from sightline.errors import RequestError
+from sightline.prompt.grammar import check_grammar, limits, source_text
 from sightline.prompt.named_templates import NAMED_TEMPLATES
-from sightline.prompt.tools import MAX_BYTES, MAX_TOOLS, ToolCall, ToolParser, parser_kind, read_tools
+from sightline.prompt.tools import (
+    MAX_BYTES,
+    MAX_TOOLS,
+    ToolCall,
+    ToolParser,
+    argument_grammars,
+    call_grammar,
+    parser_kind,
+    read_tools,
+)
+from sightline.types import Grammar
+from tests import tiny
 
 
 def tool(name: str = "weather", **function: Any) -> dict:
@@ -173,4 +189,85 @@ def test_choices_say_what_may_be_called() -> None:
     assert read_tools(tools, tool("time")) == (tools, frozenset({"time"}), True, False)
     for mode in ("auto", "required"):
         choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [tool("time")]}}
-        assert read_tools(tools, choice) == (tools[1:], frozenset({"time"}), mode == "required", True)
+        use = read_tools(tools, choice)
+        assert use == (tools, frozenset({"time"}), mode == "required", True)
+        assert use is not None
+        assert use.told == tools[1:]
+
+
+# -- grammars ----------------------------------------------------------------------------------------------------------
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [tool("weather", parameters=CITY), tool("time")]
+
+
+def tokenizer_file(folder: Path, special: bool | None) -> Path:
+    """The tiny checkpoint's tokenizer; with tokens for Qwen's tags unless `special` is None."""
+    spec = json.loads((tiny.qwen2_vl() / "tokenizer.json").read_text())
+    if special is not None:
+        tags = ("<tool_call>", "</tool_call>")
+        spec["added_tokens"] += [
+            {**spec["added_tokens"][0], "id": 334 + i, "content": tag, "special": special} for i, tag in enumerate(tags)
+        ]
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    return path
+
+
+def accepts(path: Path, grammar: Grammar, text: str) -> bool:
+    """Whether the text's tokens, each allowed by the mask before, are a whole answer."""
+    matcher = LLMatcher(LLTokenizer(str(path), n_vocab=352), source_text(grammar), log_level=0, limits=limits())
+    assert not matcher.is_error(), matcher.get_error()
+    for token_id in HFTokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids:
+        mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        if not mask[token_id] or not matcher.consume_token(token_id):
+            return False
+    return bool(matcher.is_accepting())
+
+
+@pytest.mark.parametrize("special", [None, False, True], ids=["no tokens", "added tokens", "special tokens"])
+def test_forced_calls_in_qwens_way(tmp_path: Path, special: bool | None) -> None:
+    path = tokenizer_file(tmp_path, special)
+    tags = () if special is None else ("<tool_call>", "</tool_call>")
+    one, two = hermes("weather", city="Paris"), hermes("time")
+
+    def allowed(text: str, choice: Any = "required", parallel: bool | None = None) -> bool:
+        use = read_tools(TOOLS, choice, parallel)
+        assert use is not None
+        return accepts(path, check_grammar(call_grammar(use, "hermes", tags)), text)
+
+    assert allowed(one)
+    assert allowed(two)
+    assert allowed(one + "\n" + two + "\n" + one)
+    assert not allowed(one + "\n" + two, parallel=False)
+    assert not allowed(one + "\n" + one, tool("weather"))
+    assert not allowed(one, tool("time"))
+    assert not allowed(hermes("weather", town="Paris"))
+    assert not allowed(hermes("time", city="Paris"))
+    assert not allowed("Well. " + one)
+    assert not allowed("")
+
+
+def test_forced_calls_in_llamas_way(tmp_path: Path) -> None:
+    path = tokenizer_file(tmp_path, None)
+    use = read_tools(TOOLS, "required")
+    assert use is not None
+    grammar = check_grammar(call_grammar(use, "llama3", ()))
+    assert accepts(path, grammar, LLAMA)
+    assert not accepts(path, grammar, LLAMA + "; " + LLAMA)
+    assert not accepts(path, grammar, hermes("weather", city="Paris"))
+
+
+def test_a_schema_that_cannot_be_followed_names_its_tool() -> None:
+    bad = tool("sort", parameters={"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}})
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [tool("sort")]}}
+    use = read_tools([tool("time"), bad], choice)
+    assert use is not None
+    with pytest.raises(RequestError, match="uniqueItems") as caught:
+        [check_grammar(grammar) for grammar in argument_grammars(use)]
+    assert caught.value.param == "tools[1].function.parameters"

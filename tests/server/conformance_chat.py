@@ -205,7 +205,12 @@ TOOL = {
     "function": {
         "name": "weather",
         "description": "The weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
     },
 }
 
@@ -226,7 +231,29 @@ def _(api: Api) -> None:
     api.refused("tool_choice", tools=[TOOL], tool_choice="sometimes")
 
 
-refused(REQUEST, "tool_choice required", "required", "not yet; none and auto work")
+@row(REQUEST, "tool_choice required, named, allowed_tools", WORKS, "by grammar: the call and its arguments are always valid")
+def _(api: Api) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    for choice in ("required", named, allowed):
+        body = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 400}
+        answer = api.chat(**body)["choices"][0]
+        (call,) = answer["message"]["tool_calls"]
+        assert answer["finish_reason"] == "tool_calls"
+        assert answer["message"]["content"] is None
+        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+    api.refused("tool_choice.function.name", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "f"}})
+    api.refused("tool_choice", tool_choice="required")
+
+
+@row(REQUEST, "parallel_tool_calls", WORKS, "false: at most one call")
+def _(api: Api) -> None:
+    twice = r'(<tool_call>\n\{"name": "weather", "arguments": \{\}\}\n</tool_call>){2}'
+    for parallel, count in ((None, 2), (True, 2), (False, 1)):
+        answer = api.chat(tools=[TOOL], parallel_tool_calls=parallel, regex=twice, max_tokens=400)
+        assert len(answer["choices"][0]["message"]["tool_calls"]) == count
+
+
 refused(REQUEST, "functions", [{"name": "f"}], "deprecated by OpenAI: use tools")
 refused(REQUEST, "function_call", {"name": "f"}, "deprecated by OpenAI: use tool_choice")
 
@@ -428,6 +455,16 @@ def _(api: Api) -> None:
     assert middle
     assert all(set(c["choices"][0]["delta"]) == {"content"} for c in middle)
     assert all(c["choices"][0]["finish_reason"] is None for c in middle)
+
+
+@row(STREAM, "tool_calls deltas", WORKS, "index, id, type and name with empty arguments; then the arguments")
+def _(api: Api) -> None:
+    chunks = api.chunks(tools=[TOOL], tool_choice="required", parallel_tool_calls=False, max_tokens=400)
+    first, then = (d for c in chunks for k in c["choices"] for d in k["delta"].get("tool_calls", ()))
+    assert first["index"] == then["index"] == 0
+    assert first["id"].startswith("call_")
+    assert (first["type"], first["function"]) == ("function", {"name": "weather", "arguments": ""})
+    assert json.loads(then["function"]["arguments"])["city"] in ("Paris", "Rome")
 
 
 @row(STREAM, "last chunk of a choice", WORKS, "empty delta and the finish_reason, once")

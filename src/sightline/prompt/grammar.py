@@ -24,7 +24,7 @@ MAX_MERGED = 20_000
 TIMEOUT = 2.0
 
 # Between the tokens of JSON: a space, or a new line and its indentation. Without a bound a model may write spaces for ever.
-_WHITESPACE = r" |\n {0,64}"
+WHITESPACE = r" |\n {0,64}"
 
 
 def limits() -> LLParserLimits:
@@ -37,7 +37,7 @@ def source_text(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema" | "json_object":
             text = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
-            return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+            return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
         case "regex":
             # Answers match as a whole, so the anchors that other engines ask for say nothing new.
             text = grammar.text.removeprefix("^")

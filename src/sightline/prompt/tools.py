@@ -13,10 +13,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from sightline.errors import RequestError
+from sightline.prompt.grammar import WHITESPACE
+from sightline.prompt.tokenizer import Tokenizer
+from sightline.types import Grammar, SamplingParams
 
 MAX_TOOLS = 128
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 64 * 1024
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _HALF = re.compile(r"[\ud800-\udfff]")
 
@@ -43,13 +48,22 @@ MARKUP: dict[ParserKind, Markup] = {
 
 
 class ToolUse(NamedTuple):
-    """tools: those that the model is told of. names: those it may call. forced: whether it must call one. parallel: whether
-    it may call several."""
+    """tools: as the request has them. names: those that the model may call, and is told of. forced: whether it must call one.
+    parallel: whether it may call several."""
 
     tools: list[dict[str, Any]]
     names: frozenset[str]
     forced: bool
     parallel: bool
+
+    def callable(self) -> list[tuple[int, dict[str, Any]]]:
+        """(place in the request, tool) of those that may be called."""
+        return [(i, tool) for i, tool in enumerate(self.tools) if tool["function"]["name"] in self.names]
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """What the chat template writes down."""
+        return [tool for _, tool in self.callable()]
 
 
 def read_tools(tools: Any, tool_choice: Any = None, parallel: bool | None = None) -> ToolUse | None:
@@ -75,8 +89,7 @@ def read_tools(tools: Any, tool_choice: Any = None, parallel: bool | None = None
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*allowed]}}:
             where = "tool_choice.allowed_tools.tools"
             few = _known([_name_of(each, f"{where}[{i}]") for i, each in enumerate(allowed)], names, where)
-            told = [tool for tool in tools if tool["function"]["name"] in few]
-            return ToolUse(told, few, mode == "required", several)
+            return ToolUse(tools, few, mode == "required", several)
         case _:
             raise RequestError(
                 'tool_choice must be none, auto, required, {"type": "function", "function": {"name": ...}} or '
@@ -146,6 +159,56 @@ def parser_kind(setting: str, template: str) -> ParserKind:
         "This server cannot tell how its model writes calls of tools; it must be started with --tool-call-parser.",
         param="tools",
     )
+
+
+# -- calls that must come ----------------------------------------------------------------------------------------------
+
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def argument_grammars(use: ToolUse) -> list[Grammar]:
+    """The JSON schema of each tool's arguments, to be checked one by one; errors name the tool."""
+    return [
+        Grammar("json_schema", json.dumps(_schema(tool)), f"tools[{i}].function.parameters")
+        for i, tool in use.callable()
+    ]
+
+
+def tool_sampling(sampling: SamplingParams, use: ToolUse, kind: ParserKind, tokenizer: Tokenizer) -> SamplingParams:
+    """The parameters under which calls can be read and, where one is forced, nothing else can be written."""
+    token = tokenizer.added.get(MARKUP[kind].start)
+    if token is not None and tokenizer.is_special(token.id):
+        sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
+    if not use.forced:
+        return sampling
+    return msgspec.structs.replace(sampling, grammar=call_grammar(use, kind, tokenizer.added))
+
+
+def call_grammar(use: ToolUse, kind: ParserKind, added_tokens: Collection[str]) -> Grammar:
+    """One call or several, as llguidance's Lark; arguments follow each tool's schema."""
+    markup = MARKUP[kind]
+    before, after = ("", "") if markup.bare else (markup.start, markup.end)
+    # What the tokenizer has a token for must be named as that token: its characters would not match it.
+    opening, closing = (tag if tag in added_tokens else json.dumps(tag) if tag else "" for tag in (before, after))
+    several = use.parallel and not markup.bare
+    tools = use.callable()
+    lines = [
+        "start: call" + (' ("\\n" call)*' if several else ""),
+        "call: " + " | ".join(f"call_{i}" for i, _ in tools),
+    ]
+    gap = "" if markup.bare else "\n"
+    for i, tool in tools:
+        head = json.dumps(f'{gap}{{"name": "{tool["function"]["name"]}", "{markup.arguments}": ')
+        schema = {**_schema(tool), "x-guidance": {"whitespace_pattern": WHITESPACE}}
+        lines += [
+            f"call_{i}: {opening} {head} arguments_{i} {json.dumps('}' + gap)} {closing}",
+            f"arguments_{i}: %json {json.dumps(schema)}",
+        ]
+    return Grammar("lark", "\n".join(lines), "tools")
+
+
+def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", **(tool["function"].get("parameters") or _NO_PARAMETERS)}
 
 
 # -- calls in an answer ------------------------------------------------------------------------------------------------

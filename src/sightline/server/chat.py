@@ -13,11 +13,11 @@ from starlette.responses import Response
 from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.processor import PixelLimits
-from sightline.prompt.tools import ToolCall, ToolParser, parser_kind
+from sightline.prompt.tools import ToolCall, ToolParser, argument_grammars, parser_kind, tool_sampling
 from sightline.server.exchange import Exchange, check_model, logprob_entries
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import ChatCompletionRequest
-from sightline.types import FinishReason
+from sightline.types import FinishReason, Grammar
 
 router = APIRouter()
 
@@ -36,7 +36,7 @@ async def chat_prompt(lifecycle: Lifecycle, body: ChatCompletionRequest) -> Prom
     bounds = body.mm_processor_kwargs
     return await lifecycle.pipeline.chat(
         body.messages,
-        tools=body.tool_use.tools if body.tool_use else None,
+        tools=body.tool_use.told if body.tool_use else None,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
         template_kwargs=body.chat_template_kwargs,
@@ -47,9 +47,16 @@ async def chat_prompt(lifecycle: Lifecycle, body: ChatCompletionRequest) -> Prom
 class _Chat(Exchange):
     def __init__(self, lifecycle: Lifecycle, body: ChatCompletionRequest) -> None:
         sampling = body.sampling(lifecycle.sampling_defaults, lifecycle.pipeline.tokenizer.vocab_size)
+        self.parsers: list[ToolParser] = []
+        self.schemas: list[Grammar] = []
+        if use := body.tool_use:
+            template = lifecycle.pipeline.template_for(body.messages, use.told)
+            kind = parser_kind(lifecycle.config.tool_call_parser, template.source)
+            self.parsers = [ToolParser(kind, use.names, parallel=use.parallel) for _ in range(sampling.n)]
+            self.schemas = argument_grammars(use) if use.forced else []
+            sampling = tool_sampling(sampling, use, kind, lifecycle.pipeline.tokenizer)
         super().__init__(lifecycle, f"chatcmpl-{uuid.uuid4().hex}", [sampling], body.rid)
         self.request = body
-        self.parsers = _parsers(lifecycle, body, sampling.n)
         self.head: dict[str, Any] = {
             "id": self.request_id,
             "created": self.created,
@@ -60,6 +67,10 @@ class _Chat(Exchange):
 
     async def prompts(self) -> list[Prompt]:
         return [await chat_prompt(self.lifecycle, self.request)]
+
+    def grammars(self) -> list[Grammar]:
+        """The arguments' schemas one by one, then what is made of them."""
+        return [*self.schemas, *super().grammars()]
 
     def body(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The chat.completion object."""
@@ -129,16 +140,6 @@ class _Chat(Exchange):
                 opening = _call(replace(piece, arguments=""))
                 yield {"tool_calls": [{"index": piece.index, **opening}]}
                 yield {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]}
-
-
-def _parsers(lifecycle: Lifecycle, body: ChatCompletionRequest, n: int) -> list[ToolParser]:
-    """One for each choice; none where no tool may be called."""
-    use = body.tool_use
-    if use is None:
-        return []
-    template = lifecycle.pipeline.template_for(body.messages, use.tools)
-    kind = parser_kind(lifecycle.config.tool_call_parser, template.source)
-    return [ToolParser(kind, use.names, parallel=use.parallel) for _ in range(n)]
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from sightline.server.errors import error_body
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import StreamOptions
 from sightline.server.sse import EventStream, until_client_goes
-from sightline.types import FinishReason, SamplingParams, TokenLogprob
+from sightline.types import FinishReason, Grammar, SamplingParams, TokenLogprob
 
 logger = logging.getLogger("sightline.access")
 _json = msgspec.json.Encoder().encode
@@ -101,6 +101,10 @@ class Exchange(ABC):
     @abstractmethod
     async def prompts(self) -> list[Prompt]:
         """One prompt for each of `sampling`. Raises `RequestError`."""
+
+    def grammars(self) -> list[Grammar]:
+        """What is checked before any other work is spent."""
+        return list({each.grammar for each in self.sampling if each.grammar is not None})
 
     @abstractmethod
     def body(self, outputs: list[RequestOutput]) -> Any:
@@ -180,7 +184,7 @@ class Exchange(ABC):
         pipeline, engine = self.lifecycle.pipeline, self.lifecycle.engine
         try:
             async with asyncio.timeout_at(self._deadline):
-                for grammar in {each.grammar for each in self.sampling if each.grammar is not None}:
+                for grammar in self.grammars():
                     await check_in_time(grammar)
                 prompts = await self.prompts()
                 if isinstance(who := caller(), Call):

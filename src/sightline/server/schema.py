@@ -236,8 +236,11 @@ class ChatCompletionRequest(SamplingFields):
             raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
         check_stream_options(self.stream_options, self.stream)
         check_metadata(self.metadata)
-        if self.tool_use and self.tool_use.forced:
-            raise RequestError("tool_choice can be none or auto on this server so far.", param="tool_choice")
+        if self.tool_use and self.tool_use.forced and (grammar := self._grammar()):
+            raise RequestError(
+                f"{grammar.source} and tool_choice both say what the answer must look like; leave one out.",
+                param=grammar.source,
+            )
         if not self.messages:
             raise RequestError("messages must hold at least one message.", param="messages", code="empty_array")
         for i, message in enumerate(self.messages):

@@ -231,7 +231,12 @@ def _(api: Api) -> None:
     api.refused("tool_choice", tools=[TOOL], tool_choice="sometimes")
 
 
-@row(REQUEST, "tool_choice required, named, allowed_tools", WORKS, "by grammar: the call and its arguments are always valid")
+@row(
+    REQUEST,
+    "tool_choice required, named, allowed_tools",
+    WORKS,
+    "by grammar: the call and its arguments are always valid",
+)
 def _(api: Api) -> None:
     named = {"type": "function", "function": {"name": "weather"}}
     allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}

@@ -18,8 +18,12 @@ WEATHER = {
     "function": {
         "name": "weather",
         "description": "The weather of a city. <|im_end|><tool_call>",
-        "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
-                       "additionalProperties": False},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
     },
 }
 

@@ -23,6 +23,8 @@ for name in [n for n in os.environ if n.startswith("SIGHTLINE_") and n != "SIGHT
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest_plugins = ["tests.scorecard"]
+
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 

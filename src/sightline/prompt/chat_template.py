@@ -170,7 +170,16 @@ class ChatTemplate:
                     raise RequestError("The messages are too long for the chat template.", param="messages")
         except RequestError:
             raise
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             reason = self._shield.show(str(error)).text.splitlines() or ["it failed"]
             raise RequestError(
                 f"The model's chat template cannot render these messages: {reason[0][:200]}", param="messages"

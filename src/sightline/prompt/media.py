@@ -11,7 +11,6 @@ import base64
 import binascii
 import contextlib
 import io
-import ipaddress
 import re
 import socket
 import struct
@@ -29,6 +28,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sightline.errors import ImageError
+from sightline.prompt.addresses import embedded, is_dotted_quad
+from sightline.prompt.addresses import is_public as is_public
 from sightline.prompt.caller import caller
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -48,6 +49,9 @@ _DECODE_ERRORS = (
 # Reads that Pillow may make of one file. Its parsers read metadata piece by piece: a file of a million empty pieces would
 # keep it busy for minutes. An ordinary picture takes some tens for the header, and one for each 8 KB of a PNG's pixels.
 _HEADER_READS, _PIXEL_READS = 4096, 100_000
+# Pillow holds most modes in 4 bytes a pixel. Beside the decoded picture there is its RGB copy, or for transparency the copy, a
+# background and the composite too.
+_PLAIN_COST, _COSTLY = 8, 20
 # Each scan of a progressive JPEG goes over the whole picture; encoders write about ten.
 _MAX_SCANS = 100
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -217,8 +221,8 @@ class MediaLoader:
         parsed = httpx2.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise _bad_url("An image URL must begin with https:, http: or data:.")
-        host = parsed.host.rstrip(".").lower()
-        if (_NUMERIC_HOST.match(host) and not _is_dotted_quad(host)) or _embedded(host) is not None:
+        host = parsed.host.removesuffix(".").lower()
+        if (_NUMERIC_HOST.match(host) and not is_dotted_quad(host)) or embedded(host) is not None:
             raise _bad_url("The image's URL spells an address in an unusual way.")
         allowed = self.limits.allowed_domains
         if allowed and host not in allowed:
@@ -301,39 +305,6 @@ def _base64_pieces(text: str) -> Iterator[bytes]:
         yield piece
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address is globally routable; addresses that embed an IPv4 one count as that one."""
-    if "%" in address:
-        return False
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        embedded = _embedded(address)
-        if embedded is not None:
-            return is_public(str(embedded))
-        # Global unicast (RFC 4291, section 2.4); leaves out the old site-local range, which Python counts as global.
-        if ip not in ipaddress.ip_network("2000::/3"):
-            return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
-
-
-def _embedded(address: str) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that an IPv6 one stands for (mapped, 6to4, Teredo, NAT64), if any."""
-    try:
-        ip = ipaddress.IPv6Address(address)
-    except ValueError:
-        return None
-    if ip in ipaddress.ip_network("64:ff9b::/96"):
-        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-
-
-def _is_dotted_quad(host: str) -> bool:
-    try:
-        return str(ipaddress.IPv4Address(host)) == host
-    except ValueError:
-        return False
-
-
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +313,13 @@ def probe(data: bytes, limits: MediaLimits, param: str | None = None) -> tuple[i
     with _open(data, limits, param) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def decode_cost(data: bytes, limits: MediaLimits, param: str | None = None) -> int:
+    """Bytes of memory that `decode` takes for each pixel at its peak, by the header; measured, and held to by a test."""
+    with _open(data, limits, param) as image:
+        is_plain = image.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
+        return _PLAIN_COST if is_plain and _orientation(image) == 1 else _COSTLY
 
 
 def decode(data: bytes, limits: MediaLimits, param: str | None = None) -> Image.Image:
@@ -454,11 +432,16 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _scale_down(image: Image.Image) -> Image.Image:
     """16-bit (or wider) grey to 8 bits: 65535 becomes 255. A float picture is taken as 0..1 if it stays in there."""
-    values = np.asarray(image, dtype=np.float64)
-    scale = 255.0 if image.mode == "F" and values.size and values.max() <= 1.0 else 255.0 / 65535.0
-    if image.mode in ("I", "F") and values.size and 1.0 < values.max() <= 255.0:
+    values = np.asarray(image)
+    top = float(values.max(initial=0))
+    scale = 255.0 if image.mode == "F" and top <= 1.0 else 255.0 / 65535.0
+    if image.mode in ("I", "F") and 1.0 < top <= 255.0:
         scale = 1.0
-    grey = np.rint(np.clip(values * scale, 0, 255)).astype(np.uint8)
+    grey = np.empty(values.shape, dtype=np.uint8)
+    # By strips: a whole picture of float64 would take more memory than all else.
+    for at in range(0, len(values), 64):
+        strip = values[at : at + 64].astype(np.float64) * scale
+        grey[at : at + 64] = np.rint(np.clip(strip, 0, 255))
     return Image.fromarray(grey, "L").convert("RGB")
 
 

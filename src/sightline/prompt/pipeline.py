@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _KNOWN_SIZES = 100_000
-# What one pixel takes while a picture is decoded: 4 bytes as Pillow holds it, and as much for a converted copy.
-_DECODE_BYTES_PER_PIXEL = 8
+# What one pixel of a PIL image takes that a caller hands over: a converted copy and its like.
+_COPY_BYTES_PER_PIXEL = 16
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 _DETAILS = ("auto", "low", "high", "original")
 
@@ -469,7 +469,10 @@ class PromptPipeline:
     async def decode(self, picture: Picture) -> np.ndarray:
         """Resized uint8 pixels, in a worker thread and under the budget. Raises `ImageError` for a broken file."""
         width, height = self._sizes.get(picture.digest, (picture.plan.width, picture.plan.height))
-        pixels: np.ndarray = await self._budget.run(_DECODE_BYTES_PER_PIXEL * width * height, self._pixels, picture)
+        cost = _COPY_BYTES_PER_PIXEL
+        if isinstance(picture.data, bytes):
+            cost = media.decode_cost(picture.data, self.limits, picture.param)
+        pixels: np.ndarray = await self._budget.run(cost * width * height, self._pixels, picture)
         return pixels
 
     def _pixels(self, picture: Picture) -> np.ndarray:

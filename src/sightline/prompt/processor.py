@@ -13,12 +13,19 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from sightline.errors import CheckpointError
 from sightline.types import ImageRef
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the checkpoint; empty when there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The object in a JSON file of the checkpoint; empty when there is no such file. Raises `CheckpointError`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object.")
+    return found
 
 
 class ImagePlan(NamedTuple):

@@ -1,0 +1,111 @@
+"""Bad pictures, odd pictures and bombs, through the whole server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from tests.reliability.conftest import Guarded
+from tests.reliability.hostile import HostileHost, answer
+from tests.reliability.pictures import bad, bomb, odd_but_fine
+from tests.scorecard import SCALE, SEED, scaled
+from tests.server.conftest import ask, data_url
+
+Count = Callable[..., None]
+LEAK = re.compile(r"0x[0-9a-f]{4}|Traceback|site-packages|/work|/usr|/tmp|\.py\b|BytesIO")
+
+
+def part(url: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+@pytest.mark.check(33)
+@pytest.mark.parametrize("way", ["data", "http"])
+def test_bad_pictures(guarded: Guarded, way: str, count: Count) -> None:
+    pictures = list(bad(SEED))
+    assert len(pictures) >= 150
+    with HostileHost({str(i): answer(data) for i, (_, data) in enumerate(pictures)}) as host:
+        for i, (name, data) in enumerate(pictures):
+            url = data_url(data) if way == "data" else host.url(str(i))
+            response = guarded.post({"messages": ask(part(url))})
+            if name.startswith("PNG with a flipped byte") and response.status_code == 200:
+                continue  # a flip in what no decoder reads
+            assert 400 <= response.status_code < 500, (name, response.status_code, response.text)
+            assert len(response.content) <= 4096
+            assert not LEAK.search(response.text), (name, response.text)
+            assert response.json()["error"]["param"] == "messages[0].content[0].image_url"
+    count(len(pictures))
+
+
+@pytest.mark.check(35)
+def test_odd_pictures_are_answered(guarded: Guarded, count: Count) -> None:
+    """The same answer for a picture in the body and one that is fetched: one decoder for every way."""
+    pictures = list(odd_but_fine(SEED))
+    with HostileHost({str(i): answer(data) for i, (_, data) in enumerate(pictures)}) as host:
+        for i, (name, data) in enumerate(pictures):
+            inline, fetched = (guarded.post({"messages": ask(part(url))}) for url in (data_url(data), host.url(str(i))))
+            assert inline.status_code == fetched.status_code == 200, (name, inline.text)
+            assert inline.json()["choices"] == fetched.json()["choices"]
+    count(2 * len(pictures), "pixel by pixel: tests/prompt/test_media.py")
+
+
+MEASURE = """
+import resource, sys
+from sightline.prompt import media
+from sightline.prompt.media import MediaLimits
+data = sys.stdin.buffer.read()
+limits = MediaLimits()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+width, height = media.probe(data, limits)
+media.decode(data, limits)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024 / (width * height), media.decode_cost(data, limits))
+"""
+
+
+@pytest.mark.check(34)
+@pytest.mark.parametrize(
+    ("kind", "depth"), [(0, 1), (0, 8), (0, 16), (2, 8), (6, 8)], ids=["1-bit", "grey", "16-bit", "RGB", "RGBA"]
+)
+def test_the_budget_counts_what_decoding_takes(kind: int, depth: int, count: Count) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE], input=bomb(4000, kind, depth), capture_output=True, timeout=60, check=True
+    )
+    taken, counted = map(float, result.stdout.split())
+    # The interpreter's own growth is a few megabytes of sixteen million pixels.
+    assert taken <= counted * 1.1 + 0.5, f"{taken:.1f} bytes a pixel, counted as {counted:g}"
+    count(1, f"{taken:.1f} bytes a pixel, counted as {counted:g}")
+
+
+@pytest.mark.check(34)
+def test_bombs_inside_the_limit(guarded: Guarded, count: Count) -> None:
+    total = scaled(32, 8)
+    data = bomb(6000, 0, 1)
+    process = psutil.Process(guarded.process.pid)
+    before = process.memory_info().rss
+    peak, waits = before, []
+    began = time.monotonic()
+    # Distinct files, or the second would be a known picture.
+    bodies = [{"messages": ask(part(data_url(data + bytes([i + 1])))), "max_tokens": 1} for i in range(total)]
+    with concurrent.futures.ThreadPoolExecutor(total) as pool:
+        futures = [pool.submit(guarded.post, body) for body in bodies]
+        while not all(f.done() for f in futures):
+            at = time.monotonic()
+            assert guarded.process.status("/readyz") == 200
+            assert guarded.post({"messages": ask("text")}).status_code == 200
+            waits.append(time.monotonic() - at)
+            peak = max(peak, process.memory_info().rss)
+    assert {f.result().status_code for f in futures} == {200}
+    growth = (peak - before) / 2**30
+    assert growth < 1.0
+    count(
+        total,
+        f"+{growth:.2f} GiB in {time.monotonic() - began:.1f} s; text meanwhile at most {max(waits):.2f} s; scale {SCALE:g}",
+    )

@@ -45,6 +45,7 @@ def parse(kind: Any, *pieces: str, parallel: bool = True) -> tuple[str, list[tup
     assert [call.index for call in calls] == list(range(len(calls)))
     assert all(call.id.startswith("call_") and len(call.id) == 29 for call in calls)
     assert len({call.id for call in calls}) == len(calls)
+    assert all(call.arguments.encode() for call in calls)  # UTF-8 can hold them
     text = "".join(each for each in found if isinstance(each, str))
     return text, [(call.name, json.loads(call.arguments)) for call in calls]
 
@@ -61,6 +62,8 @@ CASES: list[tuple[str, str, str, list]] = [
     ("hermes", "Let me see.\n" + hermes("weather", city="Paris"), "Let me see.", [PARIS]),
     ("hermes", hermes("weather", city="Paris") + "\n" + hermes("time"), "", [PARIS, ("time", {})]),
     ("hermes", hermes("weather", city="Paris") + hermes("time") + " done", " done", [PARIS, ("time", {})]),
+    ("hermes", hermes("time", a="}"), "", [("time", {"a": "}"})]),
+    ("hermes", hermes("time", a="{", b='\\"{'), "", [("time", {"a": "{", "b": '\\"{'})]),
     ("hermes", hermes("weather", **TRICKY), "", [("weather", TRICKY)]),
     ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "time"}</tool_call>', "", [("time", {"a": 1})]),
     ("hermes", '<tool_call>{"name": "time"}', "", [("time", {})]),

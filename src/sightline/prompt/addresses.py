@@ -11,9 +11,9 @@ def is_public(address: str) -> bool:
         return False
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        embedded = embedded(address)
-        if embedded is not None:
-            return is_public(str(embedded))
+        inner = embedded(address)
+        if inner is not None:
+            return is_public(str(inner))
         # Global unicast (RFC 4291, section 2.4); leaves out the old site-local range, which Python counts as global.
         if ip not in ipaddress.ip_network("2000::/3"):
             return False

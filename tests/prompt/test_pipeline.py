@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ from PIL import Image
 
 from sightline.errors import ContextLengthError, ImageError, RequestError
 from sightline.prompt import media
+from sightline.prompt.caller import Caller, set_caller
 from sightline.prompt.media import MediaLimits
 from sightline.prompt.pipeline import Prompt, PromptPipeline
 from tests import tiny, tiny_llava, tiny_mllama
@@ -41,6 +43,13 @@ def image(value: Any, **more: Any) -> dict[str, Any]:
 def digest(*parts: Any, **options: Any) -> bytes:
     (ref,) = chat(pipeline(), *parts, **options).images
     return ref.digest
+
+
+def digest_of_a_tenant(*parts: Any) -> bytes:
+    tenant = Caller()
+    tenant.salt = b"tenant"
+    set_caller(tenant)
+    return digest(*parts)
 
 
 def test_prompt_is_consistent() -> None:
@@ -85,7 +94,7 @@ def test_identity_depends_on_all_that_matters() -> None:
     others = [
         digest(image(picture(5))),
         digest(image(data + b"x")),
-        digest(image(data), salt=b"tenant"),
+        contextvars.Context().run(digest_of_a_tenant, image(data)),
         digest(image(data, detail="low")),
         digest(image(grey)),
         digest(image(Image.new("L", (100, 30), 5))),

@@ -5,6 +5,11 @@ PYTHON ?= python3
 PORT   ?= 8000
 MODEL  ?=
 ARGS   ?=
+# Of `make soak`: part of the full counts, seeds of the simulation, how much longer state machines run, and the first seed.
+SCALE ?= 1
+SEEDS ?= 10000
+DEPTH ?= 35
+SEED  ?= $(shell date +%Y%m%d)
 # Test processes side by side; WORKERS=0 runs the tests in one, for a debugger.
 WORKERS ?= 2
 # What pip installs as PyTorch, before everything else. TORCH= (empty) keeps the torch that VENV_ARGS brings:
@@ -19,7 +24,7 @@ TOOLS   := $(VENV)/.ready-tools
 PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-gpu check format bench docs lock wheel clean
+.PHONY: help venv serve test test-gpu soak check format bench docs lock wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +38,13 @@ test: $(TOOLS) ## run every test that needs no GPU
 
 test-gpu: $(TOOLS) ## run the tests that need a CUDA device (skipped, with the reason, without one)
 	@$(BIN)/python -m pytest -q tests/gpu tests/kernels $(ARGS)
+
+soak: $(TOOLS) ## run the reliability tests at their full counts (SCALE=0.1 for less), hours; writes docs/reliability.md
+	@RELIABILITY_SCALE=$(SCALE) RELIABILITY_SEED=$(SEED) RELIABILITY_REPORT=.pytest_cache/reliability.json \
+	  SIMULATION_SEEDS=$(SEEDS) SIMULATION_FIRST=$(SEED) TEST_DEPTH=$(DEPTH) \
+	  $(BIN)/python -m pytest -q --timeout=0 tests/reliability tests/engine/test_simulation.py tests/cache \
+	    tests/engine/test_grammar.py tests/prompt/test_grammar.py; \
+	  status=$$?; $(BIN)/python scripts/write_reliability.py .pytest_cache/reliability.json && exit $$status
 
 check: $(TOOLS) ## lint, format, types and the import ladder
 	@$(BIN)/ruff check .

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.write_cli import CLI, cli_page
 from scripts.write_compatibility import COMPATIBILITY, compatibility_page, conformance_passes
 from scripts.write_migrating import MIGRATING, migrating_page
+from scripts.write_security import SECURITY, security_page
 from sightline.config import ENV_PREFIX, EngineConfig, ServerConfig, declared
 
 CONFIGURATION = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -59,6 +60,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     CLI: cli_page,
     MIGRATING: migrating_page,
     COMPATIBILITY: compatibility_page,
+    SECURITY: security_page,
 }
 
 if __name__ == "__main__":

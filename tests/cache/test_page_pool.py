@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sightline.cache.page_pool import PagePool
-from tests.cache.depth import deep
+from tests.cache.depth import DEPTH, deep
 
 
 def test_page_zero_is_never_handed_out():
@@ -83,3 +83,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = deep(60)
+TestPoolMachine.pytestmark = [pytest.mark.check(21, cases=DEPTH * 60 * 50)]

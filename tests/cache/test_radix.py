@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sightline.cache.page_pool import PagePool
 from sightline.cache.radix import InsertResult, Node, RadixCache, page_keys
 from sightline.types import ImageRef
-from tests.cache.depth import deep
+from tests.cache.depth import DEPTH, deep
 
 PAD = 7
 
@@ -333,3 +333,4 @@ class RadixMachine(RuleBasedStateMachine):
 
 TestRadixMachine = RadixMachine.TestCase
 TestRadixMachine.settings = deep(200, 60)
+TestRadixMachine.pytestmark = [pytest.mark.check(21, cases=DEPTH * 200 * 60)]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sightline.cache.vision_cache import VisionCache
-from tests.cache.depth import deep
+from tests.cache.depth import DEPTH, deep
 
 NAMES = [bytes([i]) * 32 for i in range(8)]
 A, B, C = NAMES[:3]
@@ -231,3 +231,4 @@ class VisionMachine(RuleBasedStateMachine):
 
 TestVisionMachine = VisionMachine.TestCase
 TestVisionMachine.settings = deep(80)
+TestVisionMachine.pytestmark = [pytest.mark.check(21, cases=DEPTH * 80 * 50)]

@@ -201,6 +201,7 @@ def test_a_bad_grammar_is_refused_before_it_is_run(engine: Engine) -> None:
         answer(engine, "regex", "(?=a)")
 
 
+@pytest.mark.check(38, cases=1)
 def test_a_grammar_that_fails_ends_its_own_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fill = Matcher.fill
 
@@ -234,6 +235,7 @@ def test_a_grammar_that_fails_ends_its_own_request(engine: Engine, monkeypatch: 
     assert re.fullmatch("[a-z]{60}", good[0])
 
 
+@pytest.mark.check(38, cases=1)
 def test_others_go_on_while_a_grammar_is_compiled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[Future[Any]] = []
     compiler_matcher = module.GrammarCompiler.matcher

@@ -45,6 +45,7 @@ def simulate(seed: int) -> Simulation:
 
 
 @pytest.mark.timeout(0 if NUM_SEEDS > 400 else 120)
+@pytest.mark.check(22, cases=NUM_SEEDS // NUM_PARTS)
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 def test_every_answer_is_what_the_request_answers_alone(part: int):
     for seed in range(FIRST + part, FIRST + NUM_SEEDS, NUM_PARTS):
@@ -170,6 +171,7 @@ PLANTED = [
 ]
 
 
+@pytest.mark.check(22, cases=1)
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda f: f.__name__)
 def test_planted_bugs_are_found(plant: Any, monkeypatch: pytest.MonkeyPatch):
     plant(monkeypatch)

@@ -87,6 +87,7 @@ def chain(length: int, form: str) -> dict[str, Any]:
     return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{length}": {"type": "string"}}}
 
 
+@pytest.mark.check(38, cases=1)
 @pytest.mark.parametrize(
     ("grammar", "words"),
     [
@@ -147,6 +148,7 @@ def test_what_only_looks_like_it_is_taken(grammar: Grammar) -> None:
     assert check_grammar(grammar) is grammar
 
 
+@pytest.mark.check(38, cases=1)
 def test_a_slow_check_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMEOUT", 0.05)
     monkeypatch.setattr(module, "check_grammar", lambda grammar: time.sleep(0.5))

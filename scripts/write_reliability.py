@@ -70,7 +70,8 @@ def page(report: dict[str, Any]) -> str:
     """The page for one report."""
     groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for name, test in report["tests"].items():
-        groups[test["check"]].append({**test, "name": name})
+        for number in test["checks"]:
+            groups[number].append({**test, "name": name})
     # The simulation asks both after each step.
     groups[19] = [{**test, "cases": test["cases"]} for test in groups[22] if "every_answer" in test["name"]]
     lines = []

@@ -49,14 +49,16 @@ def count(record_property: Callable[[str, object], None]) -> Callable[..., None]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Reports carry the number of their check, also those of tests that fail."""
     for item in items:
-        if (mark := item.get_closest_marker("check")) is not None:
-            item.user_properties += [("check", mark.args[0]), ("cases", mark.kwargs.get("cases", 0))]
+        marks = list(item.iter_markers("check"))
+        if marks:
+            cases = max(mark.kwargs.get("cases", 0) for mark in marks)
+            item.user_properties += [("checks", [mark.args[0] for mark in marks]), ("cases", cases)]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Collect, in the process that sees all reports."""
     properties = dict(report.user_properties)
-    if "check" in properties and (report.when == "call" or report.failed):
+    if "checks" in properties and (report.when == "call" or report.failed):
         _results[report.nodeid] = {**properties, "passed": report.passed, "seconds": round(report.duration, 2)}
 
 

@@ -57,15 +57,18 @@ def test_odd_pictures_are_answered(guarded: Guarded, count: Count) -> None:
 
 
 MEASURE = """
-import resource, sys
+import sys
 from sightline.prompt import media
 from sightline.prompt.media import MediaLimits
 data = sys.stdin.buffer.read()
 limits = MediaLimits()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    # Not ru_maxrss, which a child inherits from its parent.
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
 width, height = media.probe(data, limits)
 media.decode(data, limits)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak()
 print((after - before) * 1024 / (width * height), media.decode_cost(data, limits))
 """
 

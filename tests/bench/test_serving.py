@@ -29,6 +29,8 @@ class StandIn(ThreadingHTTPServer):
     """Answers every chat with three tokens, STEP seconds apart, and remembers what it saw."""
 
     daemon_threads = True
+    # more than come at once: with five, as by default, connections are reset when the machine is slow to accept them
+    request_queue_size = 128
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -48,12 +48,15 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def add_product_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [T, out] + x [T, in] W^T without the bias, which the norm that follows can add for less. The residual is
+        """residual [T, out] + x [T, in] W^T without the bias, which the norm that follows can add for less. The residual may be
         overwritten."""
-        return residual.addmm_(x, self.weight.t())
+        if x.is_cuda:
+            return residual.addmm_(x, self.weight.t())
+        # in place would be slower on a CPU
+        return torch.addmm(residual, x, self.weight.t())
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [T, out] + x [T, in] W^T (+ b), the sum done inside the matrix product. The residual is overwritten."""
+        """residual [T, out] + x [T, in] W^T (+ b), the sum done inside the matrix product. The residual may be overwritten."""
         if x.is_cuda and x.shape[0] == 1:
             # Imported here, and wherever a layer has a kernel: a machine without a GPU need not have triton.
             from sightline.kernels.row_linear import row_linear

@@ -38,7 +38,11 @@ LAYER_OF = {
 
 # The HTTP process is made of these: they import no torch, neither themselves nor through others.
 TORCH_FREE_LAYERS = {"demo", "base", "prompt", "server", "cli"}
-TORCH_FREE_MODULES = {"sightline", "sightline.engine", "sightline.engine.client", "sightline.bench.serving"}
+TORCH_FREE_MODULES = {"sightline", "sightline.engine", "sightline.engine.client", "sightline.bench.serving"} | {
+    "sightline.engine.replicas",
+    "sightline.engine.routing",
+    "sightline.engine.transport",
+}
 
 MAY_IMPORT_TORCH_LATE = {"doctor": "reports on the installed torch; the HTTP process does not import it"}
 

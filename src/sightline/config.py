@@ -95,6 +95,14 @@ class EngineConfig(BaseModel):
     )
     random_seed: int | None = setting(None, "Seed of requests that name none; random by default.", "seed")
     num_threads: int | None = setting(None, "Threads of the engine on a CPU; one for each core by default.", ge=1)
+    dp_size: int = setting(
+        1,
+        "Engines behind one port, each with the whole model; on GPUs each has its own, on a CPU they share cores and memory.",
+        "data-parallel-size",
+        "dp",
+        ge=1,
+        le=64,
+    )
     decode_log_interval: int = setting(40, "Decode steps between two lines of the log.", ge=1)
 
 
@@ -146,6 +154,11 @@ class ServerConfig(EngineConfig):
     )
     stall_timeout: float | None = setting(
         None, "Seconds that a busy engine may be silent before it is ended; 60 on a GPU, 600 on a CPU by default.", gt=0
+    )
+    load_balance_method: Literal["cache_aware", "round_robin", "shortest_queue", "auto"] = setting(
+        "cache_aware",
+        "Which of several engines gets a prompt: the one whose caches hold most of it, unless it has too much to do; each "
+        "in turn; or the one with the fewest requests. auto is cache_aware.",
     )
     drain_timeout: float = setting(30.0, "Seconds that running requests get after SIGTERM.", ge=0)
 
@@ -229,7 +242,8 @@ def foreign_flags(cls: type[BaseModel]) -> list[ForeignFlag]:
 
 def _spellings(name: str, field: Any) -> tuple[str, ...]:
     flag = next((m for m in field.metadata if isinstance(m, Flag)), Flag(()))
-    return tuple(f"--{n}" for n in (name.replace("_", "-"), *flag.names))
+    short = (f"-{n}" for n in flag.names if len(n) <= 2)
+    return (*(f"--{n}" for n in (name.replace("_", "-"), *flag.names)), *short)
 
 
 def _plain(annotation: Any) -> Any:
@@ -277,7 +291,7 @@ def _read_file(cls: type[BaseModel], path: Path, parser: argparse.ArgumentParser
         parser.error(f"--config: {error}")
     if not isinstance(content, dict):
         parser.error(f"--config: {path.name} holds no mapping of settings")
-    by_flag = {o[2:]: name for name, f in cls.model_fields.items() for o in _spellings(name, f)}
+    by_flag = {o.lstrip("-"): name for name, f in cls.model_fields.items() for o in _spellings(name, f)}
     by_foreign = {name: _FOREIGN + f.names[0] for f in foreign_flags(cls) for name in f.names}
     values = {}
     for key, value in content.items():

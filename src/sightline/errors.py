@@ -7,6 +7,7 @@
     |   +-- ImageError                400/403/413/415 with an image code of OpenAI's vocabulary
     +-- OverloadedError               429/503: try again later
     +-- EngineError                   the server's fault while serving one request
+    |   +-- ReplicaDeadError          the engine that held it is gone; others serve, so send it again
     |   +-- EngineDeadError           the engine process is gone; nothing can be served any more
     +-- StartupError                  the server cannot start; carries the exit code of the command
         +-- SettingError              exit 2: a setting that cannot be used
@@ -84,6 +85,10 @@ class EngineError(SightlineError):
 
 class EngineDeadError(EngineError):
     """The engine process ended."""
+
+
+class ReplicaDeadError(EngineError):
+    """The engine that held the request ended; others go on."""
 
 
 class StartupError(SightlineError):

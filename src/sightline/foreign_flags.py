@@ -82,8 +82,6 @@ show-time-cost | switch | each request's line in the log has its times
 file-storage-path | | no files are kept; send pictures in the request
 enable-cache-report | switch ok | usage always has cached_tokens
 reasoning-parser | | the served models do not reason
-dp-size, data-parallel-size, dp | 1 | start one server for each device and balance between them
-load-balance-method | round_robin, auto | there is one engine
 ep-size, expert-parallel-size, ep | 1 | models with experts are not served
 dist-init-addr, nccl-init-addr | | one machine serves a model
 nnodes | 1 | one machine serves a model

@@ -9,30 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-import msgspec
 import numpy as np
 
 from sightline.config import EngineConfig
-from sightline.engine.loop import run_engine, write_pixels
+from sightline.engine.loop import write_pixels
 from sightline.engine.output import OutputDelta, RequestDecoder, joined
+from sightline.engine.transport import ProcessTransport, ThreadTransport, Transport
 from sightline.errors import (
     DeviceError,
     EngineDeadError,
+    EngineError,
     ModelNotFoundError,
     OutOfMemoryError,
     StartupError,
@@ -52,11 +48,7 @@ from sightline.types import (
     PutPixels,
     Ready,
     SamplingParams,
-    Shutdown,
-    ToEngine,
     TokenEvent,
-    decode_from_engine,
-    encode_message,
     ids_to_bytes,
 )
 
@@ -65,23 +57,12 @@ logger = logging.getLogger("sightline.server")
 _KNOWN_PICTURES = 100_000
 
 
-class Transport(Protocol):
-    """Carries messages to the engine; `on_message` and `on_end` are called on the event loop."""
-
-    def start(self, on_message: Callable[[Sequence[FromEngine]], None], on_end: Callable[[int], None]) -> None: ...
-
-    def send(self, message: ToEngine) -> None: ...
-
-    def kill(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
 class AsyncEngine:
     """One engine and the requests in flight on it. All methods belong to one event loop.
 
     stall_timeout: seconds of silence after which an engine that has work is taken for dead and ended; by default, what
-    suits the device. queue_timeout: seconds that a request may wait for its turn.
+    suits the device. queue_timeout: seconds that a request may wait for its turn. name: in the engine's log. env: variables
+    of its process alone. loss: the error of its requests when it dies.
     """
 
     def __init__(
@@ -94,19 +75,23 @@ class AsyncEngine:
         queue_timeout: float = float("inf"),
         log_level: str = "info",
         log_format: str = "text",
+        name: str = "engine",
+        env: Mapping[str, str] | None = None,
+        loss: Callable[[], EngineError] = lambda: EngineDeadError("the engine died; see the server's log"),
     ) -> None:
         self.stats = EngineStats()
         self._stall_timeout = stall_timeout
         self._queue_timeout = queue_timeout
         self._heard = time.monotonic()
+        self._loss = loss
         self._ended: Exception | None = None
         self._run_dir = Path(
             tempfile.mkdtemp(prefix="sightline-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         )
         self._transport: Transport = (
-            _ThreadTransport(config, model_dir, self._run_dir)
+            ThreadTransport(config, model_dir, self._run_dir)
             if in_process
-            else _ProcessTransport(config, model_dir, self._run_dir, log_level, log_format)
+            else ProcessTransport(config, model_dir, self._run_dir, log_level, log_format, name, env or {})
         )
         self._serial = itertools.count()
         self._supplying = 0
@@ -139,6 +124,26 @@ class AsyncEngine:
         """Wait until the engine ends without having been asked to."""
         assert self._dead is not None, "start() first"
         return await asyncio.shield(self._dead)
+
+    @property
+    def alive(self) -> bool:
+        """It has not ended."""
+        return not self._closing and not (self._dead is not None and self._dead.done())
+
+    @property
+    def num_alive(self) -> tuple[int, int]:
+        """Engines that live, and all that were started."""
+        return int(self.alive), 1
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that the engine has."""
+        return len(self._flights)
+
+    @property
+    def replica_stats(self) -> list[EngineStats]:
+        """The counters of each engine: one."""
+        return [self.stats]
 
     @property
     def stalled(self) -> bool:
@@ -284,7 +289,7 @@ class AsyncEngine:
         fatal = self._fatal or Fatal(exit_code, f"the engine process ended with exit code {exit_code}")
         error = EngineDeadError(fatal.message) if started else _startup_error(fatal)
         self._dead.set_result(error)
-        self._fail_flights(EngineDeadError("the engine died; see the server's log"))
+        self._fail_flights(self._loss())
 
     def _fail_flights(self, error: Exception) -> None:
         for flight in self._flights.values():
@@ -293,7 +298,7 @@ class AsyncEngine:
     def _check_alive(self) -> None:
         if self._ended is not None:
             raise self._ended
-        if self._closing or (self._dead is not None and self._dead.done()):
+        if not self.alive:
             raise EngineDeadError("the engine is not running")
 
 
@@ -355,131 +360,3 @@ class Answer:
 def _startup_error(fatal: Fatal) -> StartupError:
     kinds: dict[int, type[StartupError]] = {3: ModelNotFoundError, 4: OutOfMemoryError, 6: DeviceError}
     return kinds.get(fatal.exit_code, StartupError)(fatal.message)
-
-
-class _ProcessTransport:
-    """A child process and a PAIR socket in the run directory."""
-
-    def __init__(self, config: EngineConfig, model_dir: Path, run_dir: Path, log_level: str, log_format: str) -> None:
-        import zmq
-        import zmq.asyncio
-
-        from sightline.engine.process import SOCKET
-
-        self._run_dir = run_dir
-        (run_dir / "engine.json").write_text(
-            json.dumps(
-                {
-                    "config": config.model_dump(mode="json"),
-                    "model_dir": str(model_dir),
-                    "log_level": log_level,
-                    "log_format": log_format,
-                }
-            )
-        )
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.bind(f"ipc://{run_dir / SOCKET}")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._reader: asyncio.Task[None] | None = None
-
-    def start(self, on_message: Callable[[Sequence[FromEngine]], None], on_end: Callable[[int], None]) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "sightline.engine.process", str(self._run_dir)])
-        loop = asyncio.get_running_loop()
-        self._reader = loop.create_task(self._read(on_message))
-        process = self._process
-
-        def wait() -> None:
-            code = process.wait()
-            # A moment for the last messages (why it died) to be read.
-            loop.call_soon_threadsafe(lambda: loop.call_later(0.1, on_end, code))
-
-        threading.Thread(target=wait, daemon=True).start()
-
-    async def _read(self, on_message: Callable[[Sequence[FromEngine]], None]) -> None:
-        while True:
-            data = await self._socket.recv()
-            try:
-                messages = decode_from_engine(data)
-            except msgspec.MsgspecError as error:
-                logger.error("a message of %d bytes is none of ours and was dropped: %s", len(data), error)
-                continue
-            on_message(messages)
-
-    def send(self, message: ToEngine) -> None:
-        # With no high-water mark a send never waits, so the future is done when it is returned.
-        self._socket.send(encode_message([message]))
-
-    def kill(self) -> None:
-        """End the process at once, also one that is stopped."""
-        if self._process is not None:
-            self._process.kill()
-
-    async def close(self) -> None:
-        process = self._process
-        if process is not None and process.poll() is None:
-            self.send(Shutdown())
-            try:
-                await asyncio.to_thread(process.wait, 5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        if self._reader is not None:
-            self._reader.cancel()
-        self._socket.close()
-
-
-class _ThreadTransport:
-    """The engine's loop in a daemon thread of this process."""
-
-    def __init__(self, config: EngineConfig, model_dir: Path, run_dir: Path) -> None:
-        self._arguments = (config, model_dir, run_dir)
-        self._inbox: SimpleQueue[ToEngine] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def start(self, on_message: Callable[[Sequence[FromEngine]], None], on_end: Callable[[int], None]) -> None:
-        loop = asyncio.get_running_loop()
-
-        def run() -> None:
-            code = 7
-            try:
-                code = run_engine(*self._arguments, _QueueConnection(self._inbox, loop, on_message))
-            finally:
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(on_end, code)
-
-        self._thread = threading.Thread(target=run, name="sightline-engine", daemon=True)
-        self._thread.start()
-
-    def send(self, message: ToEngine) -> None:
-        self._inbox.put(message)
-
-    def kill(self) -> None:
-        """A thread cannot be ended; its process is the caller's own."""
-
-    async def close(self) -> None:
-        if self._thread is not None and self._thread.is_alive():
-            self._inbox.put(Shutdown())
-            await asyncio.to_thread(self._thread.join, 5)
-
-
-class _QueueConnection:
-    def __init__(
-        self,
-        inbox: SimpleQueue[ToEngine],
-        loop: asyncio.AbstractEventLoop,
-        on_message: Callable[[Sequence[FromEngine]], None],
-    ) -> None:
-        self._inbox = inbox
-        self._loop = loop
-        self._on_message = on_message
-
-    def receive(self, timeout: float | None) -> Sequence[ToEngine]:
-        messages = [self._inbox.get()] if timeout is None else []
-        while not self._inbox.empty():
-            messages.append(self._inbox.get())
-        return messages
-
-    def send(self, messages: Sequence[FromEngine]) -> None:
-        self._loop.call_soon_threadsafe(self._on_message, messages)

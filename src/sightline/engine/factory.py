@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +56,8 @@ def build_core(
         # what an earlier engine of this process left
         gc.collect()
         torch.cuda.empty_cache()
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    if config.num_threads is not None or config.dp_size > 1:
+        torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.dp_size))
     torch.manual_seed(config.random_seed or 0)
     hf_config = read_config(model_dir)
 

@@ -48,7 +48,7 @@ def plan_memory(
     else:
         tokens = free // per_token
         if device.type == "cpu":
-            tokens = min(tokens, _CPU_KV_BYTES // per_token, context * max_running)
+            tokens = min(tokens, _CPU_KV_BYTES // config.dp_size // per_token, context * max_running)
     # Page 0 is the null page, which padding may touch.
     num_pages = max(0, int(tokens)) // PAGE_SIZE
     usable = num_pages * PAGE_SIZE
@@ -85,7 +85,7 @@ def _available(config: EngineConfig, device: torch.device, weights: int, activat
         if config.mem_fraction_static is not None:
             return int(total * config.mem_fraction_static)
         return free + weights - activation - _CUDA_RESERVE
-    return int(device_memory(device) * (config.mem_fraction_static or 0.5))
+    return int(device_memory(device) * (config.mem_fraction_static or 0.5)) // config.dp_size
 
 
 def device_memory(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from sightline import demo, hub
 from sightline.config import EngineConfig
 from sightline.engine.client import AsyncEngine
 from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
+from sightline.errors import SettingError
 from sightline.prompt.grammar import check_in_time
 from sightline.prompt.pipeline import Prompt, PromptPipeline
 from sightline.types import EngineStats, LoadProgress, MemoryPlan, SamplingParams
@@ -54,6 +55,10 @@ class Engine:
         **config: Any,
     ) -> None:
         self.config = EngineConfig(model=str(model or demo.model_path()), **config)
+        if self.config.dp_size != 1:
+            raise SettingError(
+                "dp_size: an Engine is one engine; `sightline serve --dp-size` has several behind one port."
+            )
         self._ids = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sightline-loop", daemon=True)

@@ -78,7 +78,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     setup = json.loads((run_dir / "engine.json").read_text())
-    setup_logging(setup["log_level"], setup["log_format"], role="engine")
+    setup_logging(setup["log_level"], setup["log_format"], role=setup["role"])
     connection = ZmqConnection(run_dir)
     try:
         return run_engine(EngineConfig.model_validate(setup["config"]), Path(setup["model_dir"]), run_dir, connection)

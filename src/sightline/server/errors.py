@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from sightline.errors import EngineDeadError, OverloadedError, RequestError
+from sightline.errors import EngineDeadError, OverloadedError, ReplicaDeadError, RequestError
 
 
 def error_body(error: Exception) -> dict[str, Any]:
@@ -19,6 +19,8 @@ def error_body(error: Exception) -> dict[str, Any]:
             fields = (error.message, kind, None, error.code)
         case EngineDeadError():
             fields = ("The engine stopped; the server is going down.", "server_error", None, "engine_dead")
+        case ReplicaDeadError():
+            fields = ("The engine that held this request stopped; send it again.", "server_error", None, "engine_lost")
         case _:
             fields = ("The server had an error while processing your request.", "server_error", None, "internal_error")
     return {"error": dict(zip(("message", "type", "param", "code"), fields, strict=True))}
@@ -40,4 +42,7 @@ def error_response(error: Exception) -> JSONResponse:
         case EngineDeadError():
             status = 503
             headers["retry-after"] = "30"
+        case ReplicaDeadError():
+            status = 503
+            headers["retry-after"] = "1"
     return JSONResponse(error_body(error), status, headers)

@@ -14,6 +14,7 @@ from typing import Any
 from sightline import hub
 from sightline.config import ServerConfig
 from sightline.engine.client import AsyncEngine
+from sightline.engine.replicas import EngineClient, ReplicaSet
 from sightline.errors import EngineDeadError, OverloadedError, SightlineError, StartupError
 from sightline.prompt.media import MediaLimits
 from sightline.prompt.pipeline import PromptPipeline
@@ -51,11 +52,11 @@ class Lifecycle:
         self._idle = asyncio.Event()
         self._idle.set()
         self._on_progress = on_progress
-        self._engine: AsyncEngine | None = None
+        self._engine: EngineClient | None = None
         self._pipeline: PromptPipeline | None = None
 
     @property
-    def engine(self) -> AsyncEngine:
+    def engine(self) -> EngineClient:
         assert self._engine is not None
         return self._engine
 
@@ -93,14 +94,7 @@ class Lifecycle:
                 download_dir=config.download_dir,
                 on_progress=download,
             )
-            self._engine = AsyncEngine(
-                config.engine_config(),
-                model_dir,
-                stall_timeout=config.stall_timeout,
-                queue_timeout=config.queue_timeout,
-                log_level=config.log_level,
-                log_format=config.log_format,
-            )
+            self._engine = self._make_engine(model_dir)
             # The tokenizer loads while the engine does.
             pipeline, ready = await asyncio.gather(
                 asyncio.to_thread(self._make_pipeline, model_dir), self._engine.start(self._report)
@@ -116,6 +110,18 @@ class Lifecycle:
             self.state = READY
         self.ready_after = time.monotonic() - self.started
         self._report(LoadProgress("ready", 1.0))
+
+    def _make_engine(self, model_dir: Path) -> EngineClient:
+        config = self.config
+        common: dict[str, Any] = {
+            "stall_timeout": config.stall_timeout,
+            "queue_timeout": config.queue_timeout,
+            "log_level": config.log_level,
+            "log_format": config.log_format,
+        }
+        if config.dp_size == 1:
+            return AsyncEngine(config.engine_config(), model_dir, **common)
+        return ReplicaSet(config.engine_config(), model_dir, method=config.load_balance_method, **common)
 
     def _make_pipeline(self, model_dir: Path) -> PromptPipeline:
         return PromptPipeline(model_dir, chat_template=self.config.chat_template, limits=media_limits(self.config))

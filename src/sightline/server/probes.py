@@ -56,7 +56,8 @@ async def readyz(request: Request) -> Response:
         lifecycle.require_ready()
     except OverloadedError as error:
         return error_response(error)
-    return JSONResponse({"status": "ready"})
+    alive, total = lifecycle.engine.num_alive
+    return JSONResponse({"status": "ready"} | ({"engines": {"alive": alive, "total": total}} if total > 1 else {}))
 
 
 @router.get("/startupz")
@@ -160,6 +161,7 @@ async def server_info(request: Request) -> Response:
     lifecycle = _lifecycle(request)
     media, admission = lifecycle.pipeline.media, lifecycle.admission
     stats = msgspec.to_builtins(lifecycle.engine.stats)
+    alive, total = lifecycle.engine.num_alive
     assert lifecycle.plan is not None
     return JSONResponse(
         {
@@ -169,7 +171,8 @@ async def server_info(request: Request) -> Response:
             "model_path": lifecycle.model_name,
             "served_model_name": lifecycle.model_name,
             "max_total_num_tokens": lifecycle.plan.num_tokens,
-            "internal_states": [stats],
+            "internal_states": msgspec.to_builtins(lifecycle.engine.replica_stats),
+            "engines": {"alive": alive, "total": total},
             "config": dump_public(lifecycle.config),
             "memory_plan": msgspec.to_builtins(lifecycle.plan),
             "ready_after_seconds": lifecycle.ready_after,

@@ -144,7 +144,7 @@ class HashRunner:
     def features_ready(self, digest: bytes) -> bool:
         return self.vision_cache.is_filled(digest) and self._ready_at[digest] <= self.num_steps
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[bytes], hurried: bool) -> list[bytes]:
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[bytes]) -> list[bytes]:
         assert len({i.digest for i in images}) == len(images), "a picture is encoded twice in one step"
         self._fail_if_planned("encode", any(i.digest in self.bad_pictures for i in images))
         for image in images:

@@ -121,9 +121,9 @@ class Driver:
         self.num_encodes = 0
         encode = self.core.runner.encode
 
-        def counting(images: Sequence[ImageRef], pixels: Sequence[Any], hurried: bool) -> list[Any]:
+        def counting(images: Sequence[ImageRef], pixels: Sequence[Any]) -> list[Any]:
             self.num_encodes += len(images)
-            return encode(images, pixels, hurried)
+            return encode(images, pixels)
 
         self.core.runner.encode = counting  # type: ignore[method-assign]
 

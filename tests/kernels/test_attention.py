@@ -22,6 +22,7 @@ from sightline.kernels.prefill_attention import (
     prefill_tile,
     prefill_tiles,
 )
+from sightline.kernels.vision_attention import vision_attention, vision_attention_reference
 
 PAGE = 16
 # (query heads, key heads, head_dim)
@@ -158,3 +159,23 @@ def test_tiles_cover_every_row_once_the_longest_walk_first() -> None:
     walks = [kv_lens[i] - q_lens[i] + first for i, first in tiles]
     assert walks == sorted(walks, reverse=True)
     assert prefill_tiles([], [], group=7, tile=tile).shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("head_dim", "num_patches", "num_pictures"), [(80, 70, 2), (72, 129, 1), (64, 64, 1), (24, 9, 3)]
+)
+def test_vision_attention(
+    head_dim: int, num_patches: int, num_pictures: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Widths that are powers of two or not, whole and broken blocks of keys; pictures do not see each other."""
+    num_heads, num_rows = 2, num_patches * num_pictures
+    qkv = torch.randn(num_rows, 3, num_heads, head_dim).to(device, dtype)
+    q, k, v = qkv.unbind(1)
+    out = torch.full((num_rows + 1, num_heads * head_dim), 7.0, device=device, dtype=dtype)
+    result = vision_attention(q, k, v, num_pictures, out[:num_rows])
+    expected = vision_attention_reference(q.float(), k.float(), v.float(), num_pictures)
+    tolerance = 2e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=tolerance)
+    assert out[num_rows].eq(7).all()
+    torch.testing.assert_close(vision_attention(q, k, v, num_pictures), result)

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="no triton on this machine")
 
 from sightline.kernels import activation, norm, rope
 from sightline.kernels.row_linear import row_linear, row_linear_reference
+from sightline.kernels.skinny_linear import Shape, skinny_linear, skinny_linear_reference
 from sightline.layers.activation import quick_gelu, silu_and_mul
 from sightline.layers.norm import LayerNorm, RMSNorm
 from sightline.layers.rotary import MultimodalRotaryEmbedding, RotaryEmbedding, apply_rotary
@@ -154,6 +155,32 @@ def test_row_linear(dtype: torch.dtype, with_gain: bool, swiglu: bool, device: t
         ours, expected = row_linear(x, weight, **args), row_linear_reference(x, weight, **args)
         tolerance = 2e-5 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "out"), [(5, 384, 128), (17, 200, 76)])
+def test_skinny_linear(
+    rows: int, inner: int, out: int, swiglu: bool, splits: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Sizes that blocks divide, and sizes that they do not. Twice: a launch leaves the counters as it found them."""
+    x = strided(rows, inner, dtype, device)
+    weight = (torch.randn(2 * out if swiglu else out, inner) * 0.04).to(device, dtype)
+    bias, residual = torch.randn(out).to(device, dtype), torch.randn(rows, out).to(device, dtype)
+    shape = Shape(32, 64, splits, 4, 2)
+    tolerance = 2e-5 if dtype is torch.float32 else 4 * torch.finfo(dtype).eps
+    for args in ({}, {"bias": None if swiglu else bias, "residual": residual}):
+        ours = skinny_linear(x, weight, swiglu=swiglu, shape=shape, **args)
+        expected = skinny_linear_reference(x, weight, swiglu=swiglu, **args)
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+        assert torch.equal(skinny_linear(x, weight, swiglu=swiglu, shape=shape, **args), ours)
+    torch.testing.assert_close(
+        skinny_linear(x, weight, swiglu=swiglu),
+        skinny_linear_reference(x, weight, swiglu=swiglu),
+        atol=tolerance,
+        rtol=tolerance,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -49,8 +49,8 @@ class Runner(Protocol):
     def new_pixels(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Host memory from which `encode` copies fast."""
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Any], hurried: bool) -> list[Any]:
-        """Features of each picture, to be kept in the vision cache. hurried: the step decodes, too, and must not be late."""
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> list[Any]:
+        """Features of each picture, to be kept in the vision cache."""
 
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Any:
         """Compute the rows and write their K/V; returns the step. A decode row's token may still be in flight."""
@@ -255,7 +255,7 @@ class EngineCore:
             return []
         self.stats.images_encoded += len(batch.encode)
         try:
-            self._fill(batch.encode, batch.num_decode > 0)
+            self._fill(batch.encode)
             return []
         except Exception as error:
             _reraise_if_fatal(error)
@@ -265,7 +265,7 @@ class EngineCore:
             holders = [r for r in self._requests.values() if image.digest in r.pinned]
             try:
                 if holders:
-                    self._fill([image], batch.num_decode > 0)
+                    self._fill([image])
             except Exception as error:
                 _reraise_if_fatal(error)
                 events += [self._fail(request, error) for request in holders]
@@ -276,9 +276,9 @@ class EngineCore:
         batch.num_decode = num_decode
         return events
 
-    def _fill(self, images: Sequence[ImageRef], hurried: bool) -> None:
+    def _fill(self, images: Sequence[ImageRef]) -> None:
         scheduler = self.scheduler
-        features = self.runner.encode(images, [scheduler.pixels[image.digest] for image in images], hurried)
+        features = self.runner.encode(images, [scheduler.pixels[image.digest] for image in images])
         for image, value in zip(images, features, strict=True):
             scheduler.vision_cache.fill(image.digest, value)
             del scheduler.pixels[image.digest]

@@ -14,10 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sightline.types import ImageRef
 
-# Measured on an H200 for a picture of 5476 patches, 16 heads of 80: cuDNN 0.44 ms, FlashAttention 0.66 ms. But cuDNN plans for each
-# new shape, which takes some 300 ms of the host's time: only for shapes that come again, and when nobody waits for a token.
-_FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_AT_ONCE = _FAST[1:]
+# Not cuDNN's, which plans for each new shape for some 300 ms of the host's time.
+_AT_ONCE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Features of a batch that a graph is worth; a larger one keeps the device busy for longer than its launches take.
 _MAX_GRAPH_FEATURES = 4096
 _MAX_GRAPHS = 64
@@ -40,11 +38,11 @@ class EncoderGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._known: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
 
-    def encode(self, pixels: Sequence[Tensor], grids: Sequence[Any], hurried: bool) -> list[Tensor]:
-        """The model's `encode_images`; the result is valid until the next call. hurried: do not stop to capture."""
+    def encode(self, pixels: Sequence[Tensor], grids: Sequence[Any]) -> list[Tensor]:
+        """The model's `encode_images`; the result is valid until the next call."""
         key = tuple((grid, *p.shape) for grid, p in zip(grids, pixels, strict=True))
         known, captured = key in self._known, self._known.pop(key, None)
-        if captured is None and known and not hurried:
+        if captured is None and known:
             captured = self._capture(pixels, grids)
         self._known[key] = captured
         if len(self._known) > _MAX_GRAPHS:
@@ -60,13 +58,10 @@ class EncoderGraphs:
     def _capture(self, pixels: Sequence[Tensor], grids: Sequence[Any]) -> _Captured:
         static = [p.clone() for p in pixels]
         graph = torch.cuda.CUDAGraph()
-        with sdpa_kernel(_FAST, set_priority=True):
-            # plans what a capture cannot
-            self._model.encode_images(static, grids)
-            # the decoder's stream may go on meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            features = self._model.encode_images(static, grids)
-            graph.capture_end()
+        # the decoder's stream may go on meanwhile
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        features = self._model.encode_images(static, grids)
+        graph.capture_end()
         return _Captured(graph, static, features)
 
 
@@ -85,14 +80,14 @@ class Encoder:
         self._running: dict[bytes, torch.cuda.Event] = {}
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray], hurried: bool = False) -> list[Tensor]:
-        """pixels: uint8, as the family's processor makes them. hurried: somebody waits for their next token. Returns the
-        features of each picture: [num_tokens, hidden], or what cross-attention reads."""
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
+        """pixels: uint8, as the family's processor makes them. Returns the features of each picture: [num_tokens, hidden], or
+        what cross-attention reads."""
         with self._context():
             on_device = [self._upload(p) for p in pixels]
             grids = [image.grid for image in images]
             if self._graphs is not None and sum(image.num_tokens for image in images) <= _MAX_GRAPH_FEATURES:
-                features = self._graphs.encode(on_device, grids, hurried)
+                features = self._graphs.encode(on_device, grids)
             else:
                 features = self._model.encode_images(on_device, grids)
             for image, rows in zip(images, features, strict=True):

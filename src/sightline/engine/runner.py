@@ -80,9 +80,9 @@ class ModelRunner:
         """See `Encoder.new_pixels`."""
         return self.encoder.new_pixels(shape, dtype)
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray], hurried: bool = False) -> list[Tensor]:
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
         """See `Encoder.encode`."""
-        return self.encoder.encode(images, pixels, hurried)
+        return self.encoder.encode(images, pixels)
 
     def num_features(self, image: ImageRef) -> int:
         """Features that a picture has in the vision cache."""

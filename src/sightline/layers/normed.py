@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sightline.layers.activation import silu_and_mul
-from sightline.layers.linear import Linear
+from sightline.layers.linear import Linear, has_few_rows
 from sightline.layers.norm import RMSNorm
 
 
@@ -24,4 +24,8 @@ def normed_swiglu(norm: RMSNorm, gate_up: Linear, x: Tensor) -> Tensor:
         from sightline.kernels.row_linear import row_linear
 
         return row_linear(x, gate_up.weight, gain=norm.weight, eps=norm.eps, swiglu=True)
+    if has_few_rows(x):
+        from sightline.kernels.skinny_linear import skinny_linear
+
+        return skinny_linear(norm(x), gate_up.weight, swiglu=True)
     return silu_and_mul(gate_up(norm(x)))

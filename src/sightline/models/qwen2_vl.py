@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
 from sightline.attention.backend import ForwardContext
 from sightline.layers.activation import ACTIVATIONS
+from sightline.layers.block_attention import block_attention
 from sightline.layers.embedding import place_features
 from sightline.layers.linear import Linear
 from sightline.layers.norm import LayerNorm, RMSNorm
@@ -211,14 +212,7 @@ class VisionAttention(nn.Module):
         qk = rotate_heads(qkv, rotary, 2 * self.num_heads)
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         v = qkv[:, 2 * width :].view(num_rows, self.num_heads, -1)
-        outputs = []
-        first = 0
-        for count, patches in groups:
-            rows = slice(first, first + count * patches)
-            first += count * patches
-            parts = (t[rows].unflatten(0, (count, patches)).transpose(1, 2) for t in (q, k, v))
-            outputs.append(scaled_dot_product_attention(*parts).transpose(1, 2).reshape(-1, width))
-        return self.proj.add_product_to(residual, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        return self.proj.add_product_to(residual, block_attention(q, k, v, groups))
 
 
 class VisionMLP(nn.Module):

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from sightline.layers.activation import ACTIVATIONS
+from sightline.layers.block_attention import block_attention
 from sightline.layers.linear import Linear, MergedLinear
 from sightline.layers.norm import LayerNorm
 from sightline.layers.parameter import Slot
@@ -183,9 +183,8 @@ class VitAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [t, N, E] -> [t, N, E]."""
-        qkv = self.qkv_proj(x).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return self.out_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv_proj(x).flatten(0, 1).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        return self.out_proj(block_attention(q, k, v, [x.shape[:2]]).view(x.shape))
 
 
 class VitMLP(nn.Module):

@@ -7,7 +7,7 @@ The HTTP process sends `EngineRequest`, `PutPixels` and `Abort`; the engine proc
 from __future__ import annotations
 
 import enum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -111,12 +111,36 @@ class ImageRef(msgspec.Struct, frozen=True):
     grid: tuple[int, int, int]
 
 
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """What a family's processor makes of a picture, step by step; sizes and places are (width, height) and (x, y) in pixels.
+
+    background: the picture is put in the middle of a square of this colour first. size: resized to this. resample: with this
+    filter, numbered as Pillow's. canvas: then laid on black of this size (None: the picture's own), its corner at `at`, which
+    crops it where negative. tile: then cut into squares of this side, row by row: [tiles, tile, tile, 3]; 0: [H, W, 3].
+    """
+
+    size: tuple[int, int]
+    resample: int
+    background: tuple[int, int, int] | None = None
+    canvas: tuple[int, int] | None = None
+    at: tuple[int, int] = (0, 0)
+    tile: int = 0
+
+
+class Pixels(NamedTuple):
+    """uint8 pixels of one picture: of its views, or, where `views` says what is still to be made of it, upright RGB [H, W, 3]."""
+
+    array: np.ndarray
+    views: tuple[View, ...] = ()
+
+
 class PixelBuffer(msgspec.Struct, frozen=True):
-    """Resized uint8 pixels of one picture, in a file of the run directory that the receiver unlinks when it opens it."""
+    """`Pixels` of one picture, in a file of the run directory that the receiver unlinks when it opens it."""
 
     digest: bytes
     shape: tuple[int, ...]
     name: str
+    views: tuple[View, ...] = ()
 
 
 class EngineRequest(msgspec.Struct, kw_only=True, tag=True):

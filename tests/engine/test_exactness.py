@@ -18,7 +18,16 @@ from PIL import Image
 from sightline.config import EngineConfig
 from sightline.engine.core import EngineCore
 from sightline.engine.factory import build_core
-from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, SamplingParams, TokenEvent, ids_to_bytes
+from sightline.types import (
+    EngineRequest,
+    FinishReason,
+    ImageRef,
+    NeedPixels,
+    Pixels,
+    SamplingParams,
+    TokenEvent,
+    ids_to_bytes,
+)
 from tests import oracle, tiny
 
 TOLERANCE = 2e-3
@@ -137,7 +146,7 @@ class Driver:
         for event in self.core.step():
             if isinstance(event, NeedPixels):
                 for digest in event.digests:
-                    self.core.put_pixels(digest, self.pixels[digest])
+                    self.core.put_pixels(digest, Pixels(self.pixels[digest]))
             else:
                 self._receive(event)
 

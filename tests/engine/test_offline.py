@@ -142,3 +142,24 @@ def test_closing_twice_is_harmless() -> None:
     engine = Engine(tiny.qwen2_vl())
     engine.close()
     engine.close()
+
+
+def test_pictures_resized_by_the_engine_get_the_same_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens on a GPU, with the kernel's torch equal: the source travels, the engine makes the views."""
+    pytest.importorskip("triton", reason="no triton on this machine")
+    from sightline.engine import encoder
+    from sightline.kernels import resize
+
+    made: list[Any] = []
+    render = encoder.render
+    monkeypatch.setattr(resize, "resize_axis", resize.resize_axis_reference)
+    monkeypatch.setattr(encoder, "render", lambda source, views: made.append(views) or render(source, views))
+    conversation = messages("where", noise(41), noise(42), "?")
+    logprobs = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=2)
+    with Engine(tiny.qwen2_vl()) as other:
+        assert other._engine is not None
+        other._engine._device_renders = True
+        answer = other.chat(conversation, logprobs)
+    assert len(made) == 2
+    assert answer.outputs == engine.chat(conversation, logprobs).outputs
+    assert len(made) == 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
 from sightline.attention.torch_sdpa import TorchSDPABackend
 from sightline.models.loader import architecture, load_model, read_config
-from sightline.prompt.processor import MindsCompany, PixelLimits, Processor
+from sightline.prompt.processor import MindsCompany, PixelLimits, Processor, render
 from sightline.registry import FAMILIES
 
 PAGE_SIZE = 16
@@ -122,7 +122,9 @@ class Harness:
         if isinstance(family, MindsCompany):
             limits = family.limits_among(limits, len(pictures))
         plans = [family.plan(*picture.size, limits) for picture in pictures]
-        pixels = [family.resize(picture, plan) for picture, plan in zip(pictures, plans, strict=True)]
+        pixels = [
+            render(picture, family.views(picture.size, plan)) for picture, plan in zip(pictures, plans, strict=True)
+        ]
         features = self.model.encode_images(
             [torch.tensor(array, device=self.device) for array in pixels], [plan.grid for plan in plans]
         )

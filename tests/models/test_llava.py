@@ -24,6 +24,7 @@ from sightline.errors import CheckpointError
 from sightline.models import llava
 from sightline.prompt.llava import LlavaProcessor
 from sightline.prompt.pipeline import PromptPipeline
+from sightline.prompt.processor import render
 from tests import llava_oracle, oracle, tiny, tiny_llava
 from tests.models.harness import Harness, load
 
@@ -127,7 +128,7 @@ def test_features_equal_transformers(kind: str) -> None:
     model, mine = load(model_dir), LlavaProcessor(model_dir)
     pictures = [oracle.picture(w, h, seed=i) for i, (w, h) in enumerate([(100, 150), (400, 300), (15, 290), (60, 60)])]
     plans = [mine.plan(*p.size) for p in pictures]
-    pixels = [torch.from_numpy(mine.resize(p, plan)) for p, plan in zip(pictures, plans, strict=True)]
+    pixels = [torch.from_numpy(render(p, mine.views(p.size, plan))) for p, plan in zip(pictures, plans, strict=True)]
     with torch.inference_mode():
         got = model.encode_images(pixels, [plan.grid for plan in plans])
     for features, plan, picture in zip(got, plans, pictures, strict=True):

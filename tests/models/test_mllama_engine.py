@@ -19,7 +19,7 @@ from sightline.engine import runner
 from sightline.engine.core import EngineCore
 from sightline.engine.factory import build_core
 from sightline.engine.pictures import View, beside_text, in_text, views
-from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, TokenEvent, ids_to_bytes
+from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, Pixels, TokenEvent, ids_to_bytes
 from tests import mllama_oracle, oracle, tiny_mllama
 from tests.models.test_mllama import FOUR, ONE, PROMPTS, THREE, TWO
 
@@ -113,7 +113,7 @@ class Driver:
         for event in self.core.step():
             if isinstance(event, NeedPixels):
                 for digest in event.digests:
-                    self.core.put_pixels(digest, self.pixels[digest])
+                    self.core.put_pixels(digest, Pixels(self.pixels[digest]))
             else:
                 self._receive(event)
         self.core.scheduler.vision_cache.check_integrity()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sightline.models import qwen2_vl
 from sightline.prompt.qwen2_vl import Qwen2VLProcessor
+from sightline.types import View
 from tests import oracle, tiny
 from tests.models.harness import Harness, load
 
@@ -232,10 +233,10 @@ def _row_major_vision_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _bilinear(monkeypatch: pytest.MonkeyPatch) -> None:
-    def resize(self: Any, image: Image.Image, plan: Any) -> np.ndarray:
-        return np.asarray(image.resize((plan.width, plan.height), Image.Resampling.BILINEAR))
+    def views(self: Any, size: tuple[int, int], plan: Any) -> tuple[View, ...]:
+        return (View(size=(plan.width, plan.height), resample=Image.Resampling.BILINEAR),)
 
-    monkeypatch.setattr(Qwen2VLProcessor, "resize", resize)
+    monkeypatch.setattr(Qwen2VLProcessor, "views", views)
 
 
 def _reversed_features(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,9 @@ import pytest
 from PIL import Image
 
 from sightline.errors import CheckpointError, ImageError, RequestError
-from sightline.prompt import llava
 from sightline.prompt.llava import LlavaProcessor
 from sightline.prompt.pipeline import PromptPipeline
-from sightline.prompt.processor import PixelLimits
+from sightline.prompt.processor import PixelLimits, render
 from tests import llava_oracle, released, tiny_llava
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -77,7 +76,7 @@ def test_pixels_equal_transformers(kind: str, chunk: int) -> None:
     for width, height in SIZES[chunk::8]:
         image = noise(width, height)
         plan = mine.plan(width, height)
-        pixels = mine.resize(image, plan)
+        pixels = render(image, mine.views(image.size, plan))
         assert pixels.dtype == np.uint8
         (expected,) = expected_pixels(kind, [image])
         assert pixels.shape[0] == expected.shape[0], (width, height)
@@ -107,7 +106,7 @@ def test_pictures_in_company_equal_transformers(chunk: int) -> None:
         assert plan.grid == (0, 1, 0)
         assert plan.num_tokens == 17
         expected = expected_pixels("onevision", [image, image])[0]
-        got = normalised("onevision", mine.resize(image, plan))
+        got = normalised("onevision", render(image, mine.views(image.size, plan)))
         np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=f"{width}x{height}")
 
 
@@ -117,7 +116,7 @@ def test_the_comparison_sees_a_mistake(monkeypatch: pytest.MonkeyPatch, attribut
     monkeypatch.setattr(mine, attribute, value)
     image = noise(101, 77)
     (expected,) = expected_pixels("pad", [image])
-    assert np.abs(normalised("pad", mine.resize(image, mine.plan(101, 77))) - expected).max() > 0.1
+    assert np.abs(normalised("pad", render(image, mine.views(image.size, mine.plan(101, 77)))) - expected).max() > 0.1
 
 
 def test_counts_of_the_releases(tmp_path: Path) -> None:
@@ -140,7 +139,7 @@ def test_limits_and_detail() -> None:
     assert mine.plan(500, 500, PixelLimits(max_pixels=1)).grid == (0, 0, 0)
     low = mine.plan(500, 300, mine.limits_for("low"))
     assert (low.grid, low.num_tokens) == ((0, 0, 0), 16)
-    assert mine.resize(noise(500, 300), low).shape == (1, tile, tile, 3)
+    assert render(noise(500, 300), mine.views((500, 300), low)).shape == (1, tile, tile, 3)
     assert mine.limits_for("high") == PixelLimits()
     assert mine.limits_among(PixelLimits(), 3) == PixelLimits()
     one = processor("onevision")
@@ -188,7 +187,7 @@ def test_authors_files_mean_the_same(kind: str, options: dict[str, Any]) -> None
         plan = processor(kind).plan(width, height)
         assert theirs.plan(width, height) == plan
         image = noise(width, height)
-        np.testing.assert_array_equal(theirs.resize(image, plan), processor(kind).resize(image, plan))
+        assert theirs.views(image.size, plan) == processor(kind).views(image.size, plan)
 
 
 def test_known_towers_need_no_folder(tmp_path: Path) -> None:
@@ -278,9 +277,10 @@ def test_resizing_in_strips_is_resizing(monkeypatch: pytest.MonkeyPatch) -> None
     mine = processor("pad")
     whole = {}
     for strip in (1, 7, 256, 100_000):
-        monkeypatch.setattr(llava, "_STRIP", strip)
+        monkeypatch.setattr("sightline.prompt.processor._STRIP", strip)
         whole[strip] = [
-            mine.resize(noise(w, h), mine.plan(w, h)).tobytes() for w, h in ((300, 20), (20, 300), (200, 199))
+            render(noise(w, h), mine.views((w, h), mine.plan(w, h))).tobytes()
+            for w, h in ((300, 20), (20, 300), (200, 199))
         ]
     assert len({tuple(v) for v in whole.values()}) == 1
 

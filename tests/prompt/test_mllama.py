@@ -12,7 +12,7 @@ from PIL import Image
 
 from sightline.errors import CheckpointError, RequestError
 from sightline.prompt.mllama import MllamaProcessor, tile_arrangements
-from sightline.prompt.processor import PixelLimits
+from sightline.prompt.processor import PixelLimits, render
 
 IMAGE = 128256
 RELEASE = {"size": {"height": 560, "width": 560}, "max_image_tiles": 4, "resample": 2}
@@ -48,7 +48,7 @@ def _same(processor: MllamaProcessor, judge: Any, width: int, height: int, rng: 
     picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     expected = judge(picture, return_tensors="np")
     plan = processor.plan(width, height)
-    tiles = processor.resize(picture, plan)
+    tiles = render(picture, processor.views(picture.size, plan))
     assert plan.num_tokens == 1
     assert plan.grid[0] == expected["aspect_ratio_ids"][0, 0], (width, height)
     assert tiles.dtype == np.uint8
@@ -89,7 +89,7 @@ def test_aspect_ratio_ids_are_those_of_the_release() -> None:
 def test_pixels_behind_the_picture_are_black(processor: MllamaProcessor) -> None:
     plan = processor.plan(300, 200)
     assert (plan.width, plan.height, plan.grid) == (560, 373, (1, 1, 1))
-    tiles = processor.resize(Image.new("RGB", (300, 200), "white"), plan)
+    tiles = render(Image.new("RGB", (300, 200), "white"), processor.views((300, 200), plan))
     assert (tiles[0, :373] == 255).all()
     assert (tiles[0, 373:] == 0).all()
 

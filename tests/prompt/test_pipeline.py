@@ -22,6 +22,8 @@ from sightline.prompt import media
 from sightline.prompt.caller import Caller, set_caller
 from sightline.prompt.media import MediaLimits
 from sightline.prompt.pipeline import Prompt, PromptPipeline
+from sightline.prompt.processor import prepare
+from sightline.types import View
 from tests import tiny, tiny_llava, tiny_mllama
 from tests.server.conftest import ask, data_url, picture
 
@@ -81,7 +83,7 @@ def test_all_ways_to_give_a_picture_agree(tmp_path: Path) -> None:
     assert len({p.images[0].digest for p in prompts}) == 1
     pil = chat(mine, image(Image.open(io.BytesIO(data))))
     assert pil.input_ids.tolist() == prompts[0].input_ids.tolist()
-    pixels = [asyncio.run(mine.decode(next(iter(p.pictures.values())))) for p in (prompts[0], pil)]
+    pixels = [asyncio.run(mine.decode(next(iter(p.pictures.values())))).array for p in (prompts[0], pil)]
     np.testing.assert_array_equal(*pixels)
 
 
@@ -145,7 +147,7 @@ def test_pil_images_of_any_mode_and_orientation() -> None:
     mine = pipeline()
     for mode in ("F", "CMYK", "YCbCr", "RGBa", "I;16"):
         (one,) = chat(mine, image(Image.new(mode, (60, 40)))).pictures.values()
-        assert asyncio.run(mine.decode(one)).shape == (56, 84, 3)
+        assert asyncio.run(mine.decode(one)).array.shape == (56, 84, 3)
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -376,3 +378,23 @@ def test_the_beginning_of_the_sequence_comes_once() -> None:
             ids = asyncio.run(mine.chat(ask("a <|begin_of_text|> b"))).input_ids.tolist()
             assert ids.count(tiny_mllama.BOS) == int(adds or "bos" in source)
             assert tiny_mllama.BOS not in ids[1:]
+
+
+def test_a_gpu_gets_the_picture_itself_unless_it_is_much_larger() -> None:
+    # one for one more: 4 times the bytes of what becomes of it, above 16 MB; a side; a filter
+    view = View(size=(1000, 1000), resample=Image.Resampling.BICUBIC)
+    cases = [
+        ((2360, 2360), view, True),
+        ((2370, 2370), view, False),
+        ((16384, 1), view, True),
+        ((16385, 1), view, False),
+    ]
+    large = View(size=(2000, 2000), resample=Image.Resampling.BICUBIC)
+    cases += [((4000, 4000), large, True), ((4000, 4001), large, False)]
+    cases += [((9, 9), View(size=(5, 5), resample=Image.Resampling.LANCZOS), False)]
+    for size, made, suits in cases:
+        picture = Image.new("RGB", size)
+        pixels = prepare(picture, (made,), for_device=True)
+        assert (pixels.views != ()) == suits, (size, made)
+        assert pixels.array.shape[:2] == (size if suits else made.size)[::-1]
+        assert prepare(picture, (made,)).views == ()

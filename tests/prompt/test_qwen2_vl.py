@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sightline.errors import ImageError, RequestError
-from sightline.prompt.processor import PixelLimits
+from sightline.prompt.processor import PixelLimits, render
 from sightline.prompt.qwen2_vl import Qwen2VLProcessor
 from tests import tiny
 
@@ -74,7 +74,7 @@ def test_pixels_and_counts_equal_transformers(chunk: int) -> None:
         expected = oracle()(images=[image], return_tensors="np")
         assert list(plan.grid) == expected["image_grid_thw"][0].tolist(), (width, height)
         assert plan.num_tokens == plan.grid[1] * plan.grid[2] // 4
-        pixels = processor().resize(image, plan)
+        pixels = render(image, processor().views(image.size, plan))
         assert pixels.shape == (plan.height, plan.width, 3)
         assert pixels.dtype == np.uint8
         np.testing.assert_allclose(

@@ -19,7 +19,6 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 
 from sightline.config import EngineConfig
 from sightline.engine.loop import write_pixels
@@ -45,6 +44,7 @@ from sightline.types import (
     LoadProgress,
     NeedPixels,
     PixelBuffer,
+    Pixels,
     PutPixels,
     Ready,
     SamplingParams,
@@ -93,6 +93,7 @@ class AsyncEngine:
             if in_process
             else ProcessTransport(config, model_dir, self._run_dir, log_level, log_format, name, env or {})
         )
+        self._device_renders = False
         self._serial = itertools.count()
         self._supplying = 0
         self._flights: dict[str, Answer] = {}
@@ -115,6 +116,7 @@ class AsyncEngine:
         if self._dead.done():
             raise self._dead.result()
         ready = self._ready.result()
+        self._device_renders = ready.plan.device != "cpu"
         if self._stall_timeout is None:
             self._stall_timeout = 600.0 if ready.plan.device == "cpu" else 60.0
         self._keep(self._watch(self._stall_timeout))
@@ -231,13 +233,13 @@ class AsyncEngine:
         if not self._closing:
             self._transport.send(Abort(request_id, index))
 
-    async def _decode(self, pipeline: PromptPipeline, pictures: list[Picture]) -> dict[bytes, np.ndarray]:
-        arrays = await asyncio.gather(*(pipeline.decode(p) for p in pictures))
-        return {p.digest: a for p, a in zip(pictures, arrays, strict=True)}
+    async def _decode(self, pipeline: PromptPipeline, pictures: list[Picture]) -> dict[bytes, Pixels]:
+        pixels = await asyncio.gather(*(pipeline.decode(p, self._device_renders) for p in pictures))
+        return {picture.digest: p for picture, p in zip(pictures, pixels, strict=True)}
 
-    def _write(self, pixels: dict[bytes, np.ndarray]) -> tuple[PixelBuffer, ...]:
+    def _write(self, pixels: dict[bytes, Pixels]) -> tuple[PixelBuffer, ...]:
         """One copy into shared memory, right before the message that names it, so that no cancelled request leaks one."""
-        return tuple(write_pixels(self._run_dir, digest, a, next(self._serial)) for digest, a in pixels.items())
+        return tuple(write_pixels(self._run_dir, digest, p, next(self._serial)) for digest, p in pixels.items())
 
     def _remember(self, digest: bytes) -> None:
         self._known[digest] = None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sightline.types import ImageRef
+from sightline.engine.render import render
+from sightline.types import ImageRef, Pixels
 
 # Not cuDNN's, which plans for each new shape for some 300 ms of the host's time.
 _AT_ONCE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -80,9 +81,9 @@ class Encoder:
         self._running: dict[bytes, torch.cuda.Event] = {}
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
-        """pixels: uint8, as the family's processor makes them. Returns the features of each picture: [num_tokens, hidden], or
-        what cross-attention reads."""
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Pixels]) -> list[Tensor]:
+        """pixels: of the family's views, or with these still to be made. Returns the features of each
+        picture: [num_tokens, hidden], or what cross-attention reads."""
         with self._context():
             on_device = [self._upload(p) for p in pixels]
             grids = [image.grid for image in images]
@@ -114,12 +115,12 @@ class Encoder:
         with sdpa_kernel(_AT_ONCE, set_priority=True), torch.cuda.stream(self._stream):
             yield
 
-    def _upload(self, pixels: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(pixels)
-        if self._device.type != "cuda":
-            return tensor
-        # pinned already, unless this is no picture of a client's
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+    def _upload(self, pixels: Pixels) -> Tensor:
+        tensor = torch.from_numpy(pixels.array)
+        if self._device.type == "cuda":
+            # pinned already, unless this is no picture of a client's
+            tensor = tensor.pin_memory().to(self._device, non_blocking=True)
+        return render(tensor, pixels.views) if pixels.views else tensor
 
     def _hand_over(self, images: Sequence[ImageRef], features: Sequence[Tensor]) -> None:
         assert self._stream is not None

@@ -22,6 +22,7 @@ from sightline.types import (
     FromEngine,
     LoadProgress,
     PixelBuffer,
+    Pixels,
     PutPixels,
     Ready,
     Shutdown,
@@ -47,25 +48,25 @@ class Connection(Protocol):
     def send(self, messages: Sequence[FromEngine]) -> None: ...
 
 
-def write_pixels(run_dir: Path, digest: bytes, pixels: np.ndarray, serial: int) -> PixelBuffer:
-    """Put uint8 pixels into a file that `read_pixels` opens and unlinks. The name owes nothing to a client."""
+def write_pixels(run_dir: Path, digest: bytes, pixels: Pixels, serial: int) -> PixelBuffer:
+    """Put pixels into a file that `read_pixels` opens and unlinks. The name owes nothing to a client."""
     name = f"pixels-{os.getpid()}-{serial}"
     fd = os.open(run_dir / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         # one copy by the kernel: a mapping would fault on every page
-        data = np.ascontiguousarray(pixels).data.cast("B")
+        data = np.ascontiguousarray(pixels.array).data.cast("B")
         while data:
             data = data[os.write(fd, data) :]
     finally:
         os.close(fd)
-    return PixelBuffer(digest=digest, shape=pixels.shape, name=name)
+    return PixelBuffer(digest=digest, shape=pixels.array.shape, name=name, views=pixels.views)
 
 
-def read_pixels(run_dir: Path, buffer: PixelBuffer, new: NewPixels = np.zeros) -> np.ndarray:
-    """Read the pixels (uint8) into new memory and unlink the file. EOFError when the file is too short."""
+def read_pixels(run_dir: Path, buffer: PixelBuffer, new: NewPixels = np.zeros) -> Pixels:
+    """Read the pixels into new memory and unlink the file. EOFError when the file is too short."""
     path = run_dir / buffer.name
-    pixels = new(buffer.shape, np.uint8)
-    data = pixels.data.cast("B")
+    array = new(buffer.shape, np.uint8)
+    data = array.data.cast("B")
     with path.open("rb", buffering=0) as file:
         path.unlink()
         while data:
@@ -73,7 +74,7 @@ def read_pixels(run_dir: Path, buffer: PixelBuffer, new: NewPixels = np.zeros) -
             if not count:
                 raise EOFError(f"{buffer.name} ends {len(data)} bytes early")
             data = data[count:]
-    return pixels
+    return Pixels(array, buffer.views)
 
 
 def limit_spinning() -> None:

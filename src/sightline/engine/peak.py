@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from sightline.attention.backend import KVCache
 from sightline.engine.memory import PAGE_SIZE
@@ -18,7 +17,7 @@ from sightline.engine.runner import ModelRunner
 from sightline.engine.scheduler import ScheduledRow
 from sightline.models import KVSpec
 from sightline.prompt.processor import PixelLimits, load_processor
-from sightline.types import ImageRef, SamplingParams
+from sightline.types import ImageRef, Pixels, SamplingParams
 
 # A side longer than any family keeps, and the shapes among which the costliest picture is.
 _SIDE = 6000
@@ -30,12 +29,12 @@ class Largest(NamedTuple):
     """The largest picture that is encoded for the measurement, and how many times as many features the largest one has."""
 
     image: ImageRef
-    pixels: np.ndarray
+    pixels: Pixels
     scale: float
 
 
 def largest_picture(processor_path: str | None, model_dir: Path) -> Largest | None:
-    """The picture with the most tokens that the family's processor makes, with black pixels; None for text alone.
+    """The picture with the most tokens that the family's processor makes, black and yet to be resized; None for text alone.
 
     Time grows with the square of a picture's patches, but memory does not: above some thousand features a smaller one stands
     in for it.
@@ -49,9 +48,11 @@ def largest_picture(processor_path: str | None, model_dir: Path) -> Largest | No
     if largest.num_tokens > _ENOUGH:
         max_pixels = largest.width * largest.height * _ENOUGH // largest.num_tokens
         plan = processor.plan(width, height, PixelLimits(max_pixels=max_pixels))
-    pixels = processor.resize(Image.new("RGB", (plan.width, plan.height)), plan)
+    # twice the sides of what becomes of it: about as much larger as a picture that a GPU gets may be
+    size = (2 * plan.width, 2 * plan.height)
+    pixels = Pixels(np.zeros((size[1], size[0], 3), dtype=np.uint8), processor.views(size, plan))
     image = ImageRef(b"largest", 0, plan.num_tokens, plan.grid)
-    return Largest(image, np.array(pixels), largest.num_tokens / plan.num_tokens)
+    return Largest(image, pixels, largest.num_tokens / plan.num_tokens)
 
 
 def step_cache(spec: KVSpec, max_step: int, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -78,7 +79,10 @@ def measure_peak(
 
     def encode() -> None:
         assert largest is not None
-        runner.encoder.encode([largest.image] * num_pictures, [largest.pixels] * num_pictures)
+        source = runner.new_pixels(largest.pixels.array.shape, np.uint8)
+        source[:] = largest.pixels.array
+        pixels = largest.pixels._replace(array=source)
+        runner.encoder.encode([largest.image] * num_pictures, [pixels] * num_pictures)
 
     def step() -> None:
         launched = runner.forward([ScheduledRow(_request(runner, max_step), 0, max_step, True)], 0)

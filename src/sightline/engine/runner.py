@@ -22,7 +22,7 @@ from sightline.engine.pictures import views
 from sightline.engine.request import Request
 from sightline.engine.sampler import Draw, Sampler, SamplingState
 from sightline.engine.scheduler import ScheduledRow
-from sightline.types import ImageRef, SamplingParams
+from sightline.types import ImageRef, Pixels, SamplingParams
 
 # Multiply-adds of one MLP matrix below which a CPU step runs on one thread.
 _SERIAL_BELOW = 1 << 21
@@ -80,7 +80,7 @@ class ModelRunner:
         """See `Encoder.new_pixels`."""
         return self.encoder.new_pixels(shape, dtype)
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[np.ndarray]) -> list[Tensor]:
+    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Pixels]) -> list[Tensor]:
         """See `Encoder.encode`."""
         return self.encoder.encode(images, pixels)
 

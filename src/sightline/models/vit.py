@@ -184,7 +184,7 @@ class VitAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [t, N, E] -> [t, N, E]."""
         q, k, v = self.qkv_proj(x).flatten(0, 1).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        return self.out_proj(block_attention(q, k, v, [x.shape[:2]]).view(x.shape))
+        return self.out_proj(block_attention(q, k, v, [(x.shape[0], x.shape[1])]).view(x.shape))
 
 
 class VitMLP(nn.Module):

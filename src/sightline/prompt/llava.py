@@ -19,8 +19,7 @@ from PIL import Image
 from sightline import hub
 from sightline.errors import CheckpointError, ImageError, RequestError
 from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
-from sightline.prompt.resize import resize
-from sightline.types import ImageRef
+from sightline.types import ImageRef, View
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _SIGLIP_MEAN = (0.5, 0.5, 0.5)
@@ -29,7 +28,6 @@ _NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _SHRINK_ABOVE = 1.1
 # Thinner pictures would become none at all in some tiling, or huge ones when their short side is enlarged.
 _MAX_ASPECT_RATIO = 200
-_STRIP = 256
 # `Grid` of the model: the square view alone, and the square view with one newline.
 _SQUARE, _SQUARE_NEWLINE = (0, 0, 0), (0, 1, 0)
 
@@ -88,7 +86,8 @@ class LlavaProcessor:
         self.image_size = int(vision.get("image_size", 224))
         self.side = self.image_size // int(vision.get("patch_size", 32 if clip else 16))
         mean = file.get("image_mean") or (_CLIP_MEAN if clip else _SIGLIP_MEAN)
-        self._background = tuple(int(x * 255) for x in mean)
+        red, green, blue = (int(x * 255) for x in mean)
+        self._background = (red, green, blue)
         self._resample = Image.Resampling(file.get("resample", Image.Resampling.BICUBIC))
         _check_size(file, self.image_size)
 
@@ -145,48 +144,27 @@ class LlavaProcessor:
         factor = math.sqrt(height * width / (self.tiling.max_tiles * self.side**2))
         return (int(height // factor), int(width // factor)) if factor > _SHRINK_ABOVE else (height, width)
 
-    def resize(self, image: Image.Image, plan: ImagePlan) -> np.ndarray:
-        """uint8 [1 + tiles, image_size, image_size, 3]: the square view, then the tiles row by row."""
-        size, rows = self.image_size, plan.grid[0]
-        if not rows:
-            square = self._as_square(image)
-            return np.ascontiguousarray(np.asarray(square)[None])
-        fitted = resize(image, fit(image.size, (plan.width, plan.height)), self._resample)
-        canvas = Image.new("RGB", (plan.width, plan.height))
-        canvas.paste(fitted, ((plan.width - fitted.width) // 2, (plan.height - fitted.height) // 2))
-        tiles = np.asarray(canvas).reshape(rows, size, -1, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-        return np.concatenate([np.asarray(resize(image, (size, size), self._resample))[None], tiles])
-
-    def _as_square(self, image: Image.Image) -> Image.Image:
-        size = self.image_size
+    def views(self, size: tuple[int, int], plan: ImagePlan) -> tuple[View, ...]:
+        """[1 + tiles, image_size, image_size, 3]: the square view, then the tiles row by row."""
+        side, resample = self.image_size, self._resample
+        square = View(size=(side, side), resample=resample, tile=side)
+        if plan.grid[0]:
+            canvas = (plan.width, plan.height)
+            fitted = fit(size, canvas)
+            at = ((plan.width - fitted[0]) // 2, (plan.height - fitted[1]) // 2)
+            return square, View(size=fitted, resample=resample, canvas=canvas, at=at, tile=side)
+        mode = self.square
         if self.tiling is not None:
             # OneVision pads pictures in company; NeXT squashes, as it does for the view beside the tiles
-            return self._padded(image) if self.tiling.square_in_company else resize(image, (size, size), self._resample)
-        if self.square == "pad":
-            return self._padded(image)
-        if self.square == "squash":
-            return resize(image, (size, size), self._resample)
-        width, height = image.size
-        short = min(width, height)
-        width, height = (size if side == short else int(size * side / short) for side in (width, height))
-        left, top = (width - size) // 2, (height - size) // 2
-        return resize(image, (width, height), self._resample).crop((left, top, left + size, top + size))
-
-    def _padded(self, image: Image.Image) -> Image.Image:
-        """The picture in the middle of a square of the mean colour, resized.
-
-        Resizing treats rows first and each by itself, so strips of rows give the same pixels, and the whole square (gigabytes
-        for a long picture) never exists.
-        """
-        size, (width, height), side = self.image_size, image.size, max(image.size)
-        left, top = (side - width) // 2, (side - height) // 2
-        narrow = Image.new("RGB", (size, side), self._background)
-        for y in range(0, height, _STRIP):
-            rows = min(_STRIP, height - y)
-            strip = Image.new("RGB", (side, rows), self._background)
-            strip.paste(image.crop((0, y, width, y + rows)), (left, 0))
-            narrow.paste(strip.resize((size, rows), self._resample), (0, top + y))
-        return narrow.resize((size, size), self._resample)
+            mode = "pad" if self.tiling.square_in_company else "squash"
+        if mode == "squash":
+            return (square,)
+        if mode == "pad":
+            return (View(size=(side, side), resample=resample, background=self._background, tile=side),)
+        short = min(size)
+        width, height = (side if length == short else int(side * length / short) for length in size)
+        at = (-((width - side) // 2), -((height - side) // 2))
+        return (View(size=(width, height), resample=resample, canvas=(side, side), at=at, tile=side),)
 
     def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:
         """Positions are 0 .. L-1."""

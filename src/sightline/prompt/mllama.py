@@ -15,8 +15,7 @@ from PIL import Image
 
 from sightline.errors import CheckpointError, RequestError
 from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
-from sightline.prompt.resize import resize
-from sightline.types import ImageRef
+from sightline.types import ImageRef, View
 
 # Values of the releases, for files that omit them.
 _IMAGE_TOKEN_INDEX = 128256
@@ -99,15 +98,11 @@ class MllamaProcessor:
             return most_width, min(math.floor(height * scale_w) or 1, most_height)
         return min(math.floor(width * scale_h) or 1, most_width), most_height
 
-    def resize(self, image: Image.Image, plan: ImagePlan) -> np.ndarray:
-        """uint8 [rows * columns, tile_size, tile_size, 3]: resized, black below and to the right, cut row by row."""
-        _, rows, columns = plan.grid
-        tile = self.tile_size
-        resized = resize(image, (plan.width, plan.height), Image.Resampling.BILINEAR)
-        canvas = np.zeros((rows * tile, columns * tile, 3), dtype=np.uint8)
-        canvas[: plan.height, : plan.width] = np.asarray(resized)
-        tiles = canvas.reshape(rows, tile, columns, tile, 3).transpose(0, 2, 1, 3, 4)
-        return np.ascontiguousarray(tiles.reshape(rows * columns, tile, tile, 3))
+    def views(self, size: tuple[int, int], plan: ImagePlan) -> tuple[View, ...]:
+        """[rows * columns, tile_size, tile_size, 3]: resized, black below and to the right, cut row by row."""
+        (_, rows, columns), tile = plan.grid, self.tile_size
+        bilinear, canvas = Image.Resampling.BILINEAR, (columns * tile, rows * tile)
+        return (View(size=(plan.width, plan.height), resample=bilinear, canvas=canvas, tile=tile),)
 
     def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:
         """Nothing is inserted: the placeholder is the picture's only token, and positions are 0 .. L-1."""

@@ -30,12 +30,13 @@ from sightline.prompt.processor import (
     PixelLimits,
     ProcessedPrompt,
     load_processor,
+    prepare,
     read_json,
 )
 from sightline.prompt.roles import template_message
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.registry import FAMILIES
-from sightline.types import ImageRef
+from sightline.types import ImageRef, Pixels
 
 logger = logging.getLogger(__name__)
 
@@ -466,23 +467,23 @@ class PromptPipeline:
                 f"The image file cannot be read: {error}", code="invalid_image_url", param=source.param
             ) from error
 
-    async def decode(self, picture: Picture) -> np.ndarray:
-        """Resized uint8 pixels, in a worker thread and under the budget. Raises `ImageError` for a broken file."""
+    async def decode(self, picture: Picture, for_device: bool = False) -> Pixels:
+        """`prepare` in a worker thread and under the budget. Raises `ImageError` for a broken file."""
         width, height = self._sizes.get(picture.digest, (picture.plan.width, picture.plan.height))
         cost = _COPY_BYTES_PER_PIXEL
         if isinstance(picture.data, bytes):
             cost = media.decode_cost(picture.data, self.limits, picture.param)
-        pixels: np.ndarray = await self._budget.run(cost * width * height, self._pixels, picture)
+        pixels: Pixels = await self._budget.run(cost * width * height, self._pixels, picture, for_device)
         return pixels
 
-    def _pixels(self, picture: Picture) -> np.ndarray:
+    def _pixels(self, picture: Picture, for_device: bool) -> Pixels:
         assert self.processor is not None
         image = picture.data
         if isinstance(image, bytes):
             self.media.counters.decodes += 1
             image = media.decode(image, self.limits, picture.param)
         self.media.counters.resizes += 1
-        return self.processor.resize(image, picture.plan)
+        return prepare(image, self.processor.views(image.size, picture.plan), for_device)
 
 
 def _modalities(part: Mapping[str, Any], param: str) -> dict[str, bool]:

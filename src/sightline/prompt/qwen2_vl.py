@@ -10,8 +10,7 @@ from PIL import Image
 
 from sightline.errors import CheckpointError, ImageError, RequestError
 from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
-from sightline.prompt.resize import resize
-from sightline.types import ImageRef
+from sightline.types import ImageRef, View
 
 _MAX_ASPECT_RATIO = 200
 # Bounds of the released class, for files that name none.
@@ -49,11 +48,9 @@ class Qwen2VLProcessor:
         grid = (1, h // self.patch_size, w // self.patch_size)
         return ImagePlan(width=w, height=h, grid=grid, num_tokens=grid[1] * grid[2] // self.merge_size**2)
 
-    def resize(self, image: Image.Image, plan: ImagePlan) -> np.ndarray:
-        """Bicubic on uint8 RGB: [H, W, 3]."""
-        if image.size != (plan.width, plan.height):
-            image = resize(image, (plan.width, plan.height), Image.Resampling.BICUBIC)
-        return np.asarray(image)
+    def views(self, size: tuple[int, int], plan: ImagePlan) -> tuple[View, ...]:
+        """One, bicubic: [H, W, 3]."""
+        return (View(size=(plan.width, plan.height), resample=Image.Resampling.BICUBIC),)
 
     def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:
         """M-RoPE (section 2.1 of the paper): text advances all axes; a picture of h x w merged cells starts at the next

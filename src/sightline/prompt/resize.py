@@ -12,16 +12,19 @@ from PIL import Image
 # Pixels in and out from which threads pay.
 _LARGE = 1_000_000
 _THREADS = min(4, os.cpu_count() or 1)
-_CHOOSES = int(PIL.__version__.partition(".")[0]) >= 13
+_PILLOW = tuple(map(int, PIL.__version__.split(".")[:2]))
 
 
 def columns_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
     """Whether Pillow resizes columns before rows, from (width, height) before and after; the rounding in between shows it.
 
-    Releases before 13 never do. (ImagingResampleInner in Pillow's Resample.c.)
+    Releases before 12.2 never do; those before 13 do for pictures more than a hundred times as high as wide (Image.resize);
+    later ones where the height shrinks by more than twice what the width does (ImagingResampleInner in Resample.c).
     """
     shrinks = before[1] - after[1]
-    return _CHOOSES and shrinks > 0 and shrinks > 2 * (before[0] - after[0])
+    if shrinks <= 0 or _PILLOW < (12, 2):
+        return False
+    return before[1] > 100 * before[0] if _PILLOW < (13, 0) else shrinks > 2 * (before[0] - after[0])
 
 
 def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-
 from sightline.config import EngineConfig
 from sightline.engine.loop import write_pixels
 from sightline.engine.output import OutputDelta, RequestDecoder, joined

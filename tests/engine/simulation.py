@@ -238,6 +238,7 @@ class Choice:
     message: EngineRequest
     index: int
     expected: list[int]
+    start_by: float
     tokens: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
     aborted: bool = False
@@ -265,6 +266,9 @@ class Workload:
     abort_rate: float
     retract_rate: float
     pixel_delay: int
+    duplicate_rate: float
+    clock_steps: list[float]
+    max_waits: list[float]
     segments: list[list[int] | int]
     picture_tokens: list[int]
 
@@ -294,6 +298,10 @@ class Workload:
             abort_rate=rng.choice([0.0, 0.05, 0.2]),
             retract_rate=rng.choice([0.0, 0.0, 0.02, 0.1]),
             pixel_delay=rng.choice([0, 3, 20]),
+            duplicate_rate=rng.choice([0.0, 0.0, 0.3]),
+            # Seconds between steps: even ones, or with jumps as of a machine that slept.
+            clock_steps=rng.choice([[0.0], [0.1], [0.1] * 30 + [1000.0]]),
+            max_waits=rng.choice([[float("inf")], [0.0, 0.5, 5.0, float("inf")]]),
             # Text of one to ten tokens, or the number of a picture; repeated, so that prefixes are shared.
             segments=[
                 rng.randrange(5) if rng.random() < 0.4 else [rng.randrange(VOCAB) for _ in range(rng.randint(1, 10))]
@@ -333,6 +341,7 @@ class Workload:
             ),
             images=tuple(images),
             cache_salt=salt,
+            max_wait=rng.choice(self.max_waits),
         )
 
 
@@ -342,6 +351,7 @@ class Simulation:
     def __init__(self, seed: int) -> None:
         self.work = work = Workload.of_seed(seed)
         self.rng = work.rng
+        self.now = 0.0
         self.pool = PagePool(work.num_pages + 1)
         self.vision_cache = VisionCache(work.vision_bytes)
         self.radix = RadixCache(self.pool, work.page_size) if work.use_radix else None
@@ -364,7 +374,7 @@ class Simulation:
             eos_token_ids=[EOS],
             context_length=work.context_length,
             overlap=work.overlap,
-            clock=lambda: 0.0,
+            clock=lambda: self.now,
         )
         self.choices: dict[tuple[str, int], Choice] = {}
         self.previous: list[list[list[int] | int]] = []
@@ -397,11 +407,16 @@ class Simulation:
 
     def _act(self) -> None:
         rng, work = self.rng, self.work
+        self.now += rng.choice(work.clock_steps)
+        self._receive(self.core.expire())
         while self.added < work.num_requests and rng.random() < (0.9 if self.core.idle else 0.25):
             self._add()
         due = [entry for entry in self.pixels_due if entry[0] <= self.tick]
         self.pixels_due = [entry for entry in self.pixels_due if entry[0] > self.tick]
         for _, digest, request_id in due:
+            if rng.random() < work.duplicate_rate:
+                self.pixels_due.append((self.tick + rng.randint(1, 20), digest, request_id))
+                self.met["pixels twice"] += 1
             # A client that is gone may or may not have answered before.
             if self._is_live(request_id) or rng.random() < 0.5:
                 self.core.put_pixels(digest, pixels_of(digest))
@@ -430,7 +445,7 @@ class Simulation:
         limit = min(room, message.sampling.max_tokens or room)
         for index in range(message.sampling.n):
             self.choices[message.request_id, index] = Choice(
-                message, index, alone(message, index, limit, self.work.beside_text)
+                message, index, alone(message, index, limit, self.work.beside_text), self.now + message.max_wait
             )
         self.core.add(message)
         # Some pictures come with the request, as from a client that thinks them unknown.
@@ -515,6 +530,9 @@ class Simulation:
             where = (event.error or "").split()[-1]
             assert bad if where == "encode" else poisoned and where in ("forward", "sample"), event.error
             self.met[f"error in {(event.error or '').split()[-1]}"] += 1
+        elif reason is FinishReason.TIMEOUT:
+            assert choice.start_by < self.now, "it could still have waited"
+            self.met["waited too long"] += 1
         elif reason is not None:
             assert choice.tokens == choice.expected, "it ended early"
             last = choice.tokens[-1]

@@ -75,6 +75,8 @@ def test_the_simulation_goes_where_bugs_live():
         "abort decode",
         "abort waiting after retraction",
         "abort while asking for pixels",
+        "pixels twice",
+        "waited too long",
     ):
         assert met[event] > 0, f"never met: {event} (met {dict(met)})"
 

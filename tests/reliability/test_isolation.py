@@ -93,9 +93,9 @@ def test_a_closed_socket_reaches_the_scheduler(guarded: Guarded, state: str, cou
     import json
     from urllib.parse import urlsplit
 
-    total, slowest = scaled(500, 10) // 5, 0.0
+    total, slowest = -(-scaled(500, 10) // 4), 0.0
     for _ in range(total):
-        before = guarded.info()["calls"]["aborted"]
+        before = guarded.info()["calls"]
         connections = []
         for i in range(20 if state == "queued" else 1):
             connection = http.client.HTTPConnection(urlsplit(guarded.url).netloc)
@@ -116,10 +116,13 @@ def test_a_closed_socket_reaches_the_scheduler(guarded: Guarded, state: str, cou
             assert connection.sock is not None
             connection.sock.close()
             connection.close()
-        while guarded.info()["calls"]["aborted"] < before + len(connections):
+        while (after := guarded.info()["calls"])["in_flight"]:
             assert time.monotonic() - began < 1.0, "more than a second"
             time.sleep(0.005)
         slowest = max(slowest, time.monotonic() - began)
+        # One may have ended before it was closed, on a machine that was busy elsewhere.
+        assert after["aborted"] > before["aborted"]
+        assert after["aborted"] + after["finished"] == before["aborted"] + before["finished"] + len(connections)
     count(total, f"slowest {slowest * 1e3:.0f} ms; limit 1 s")
 
 

@@ -47,7 +47,7 @@ def streams(server: ServerProcess, number: int, **options: float) -> tuple[list[
 
 @pytest.mark.check(4)
 def test_kill_9_of_the_engine(count: Count) -> None:
-    total, rng = scaled(50, 2) // 2, random.Random(SEED)
+    total, rng = scaled(50, 5), random.Random(SEED)
     slowest = slowest_exit = 0.0
     for _ in range(max(1, total)):
         with ServerProcess([str(tiny.qwen2_vl())]) as server:

@@ -8,6 +8,8 @@ import hashlib
 import logging
 import os
 import secrets
+import sys
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +46,8 @@ T = TypeVar("T")
 
 _KNOWN_SIZES = 100_000
 # What one pixel of a PIL image takes that a caller hands over: a converted copy and its like.
+# Text beside sixteen pictures of 36 megapixels on two cores: p90 20 ms instead of 32, and 12 alone.
+_DECODER_NICENESS = 10
 _COPY_BYTES_PER_PIXEL = 16
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 _DETAILS = ("auto", "low", "high", "original")
@@ -79,6 +83,12 @@ class Prompt:
         return sum(image.num_tokens for image in self.images)
 
 
+def _give_way() -> None:
+    """This thread, from now on, takes what the others of this machine leave. (On Linux a priority is a thread's own.)"""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)
+
+
 class DecodeBudget:
     """Bounds the pixel bytes being decoded at once, in threads of its own, first come first served.
 
@@ -89,7 +99,7 @@ class DecodeBudget:
         self._total = self._free = total
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         # Not the default threads: text must not wait for pictures.
-        self._threads = ThreadPoolExecutor(os.cpu_count(), "sightline-decoder")
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "sightline-decoder", _give_way)
 
     async def run(self, num_bytes: int, function: Callable[..., T], *args: Any) -> T:
         """Run `function` in a worker thread while holding `num_bytes` of the budget."""

@@ -214,6 +214,27 @@ def _(api: Api) -> None:
     api.refused("input", AT_RESPONSES, code="context_length_exceeded", input="word " * 5000)
 
 
+@row(RESPONSES, "tools, tool_choice, parallel_tool_calls", WORKS, "function tools, flat; every form of the choice")
+def _(api: Api) -> None:
+    tool = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
+    forced = {"tools": [tool], "tool_choice": {"type": "function", "name": "now"}, "max_output_tokens": 60}
+    (call,) = api.respond(**forced)["output"]
+    assert (call["type"], call["name"], call["status"]) == ("function_call", "now", "completed")
+    items = [
+        {"role": "user", "content": "x"},
+        call,
+        {"type": "function_call_output", "call_id": call["call_id"], "output": "3"},
+    ]
+    assert api.respond(input=items, tools=[tool])["usage"]["input_tokens"] > 20
+
+
+@row(RESPONSES, "built-in tools", "refused", "only function tools are; the 400 names the tool")
+def _(api: Api) -> None:
+    for kind in ("web_search", "file_search", "code_interpreter", "mcp", "custom"):
+        api.refused("tools[0].type", AT_RESPONSES, tools=[{"type": kind}])
+    api.refused("max_tool_calls", AT_RESPONSES, max_tool_calls=2)
+
+
 refused(RESPONSES, "previous_response_id", "resp_1", "send the whole conversation", AT_RESPONSES)
 refused(RESPONSES, "conversation", "conv_1", "", AT_RESPONSES)
 refused(RESPONSES, "prompt", {"id": "p"}, "no prompt templates are stored", AT_RESPONSES)
@@ -253,6 +274,15 @@ def _(api: Api) -> None:
     assert kinds[:4] == head
     assert kinds[-4:] == tail
     assert set(kinds[4:-4]) == {"output_text.delta"}
+
+
+@row(EVENTS, "function_call", WORKS, "item, arguments' delta and done, item done")
+def _(api: Api) -> None:
+    tool = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
+    events = api.events(tools=[tool], tool_choice="required", parallel_tool_calls=False, max_output_tokens=60)
+    kinds = [event["type"].removeprefix("response.") for event in events[2:]]
+    arguments = ["function_call_arguments.delta", "function_call_arguments.done"]
+    assert kinds == ["output_item.added", *arguments, "output_item.done", "completed"]
 
 
 @row(EVENTS, "event: lines and sequence_number", WORKS, "from 0, without gaps; no [DONE]")

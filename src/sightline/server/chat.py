@@ -13,7 +13,8 @@ from starlette.responses import Response
 from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.processor import PixelLimits
-from sightline.prompt.tools import ToolCall, ToolParser, argument_grammars, parser_kind, tool_sampling
+from sightline.prompt.tools import ToolCall
+from sightline.server.calls import prepare_calls
 from sightline.server.exchange import Exchange, check_model, logprob_entries
 from sightline.server.lifecycle import Lifecycle
 from sightline.server.schema import ChatCompletionRequest
@@ -47,14 +48,7 @@ async def chat_prompt(lifecycle: Lifecycle, body: ChatCompletionRequest) -> Prom
 class _Chat(Exchange):
     def __init__(self, lifecycle: Lifecycle, body: ChatCompletionRequest) -> None:
         sampling = body.sampling(lifecycle.sampling_defaults, lifecycle.pipeline.tokenizer.vocab_size)
-        self.parsers: list[ToolParser] = []
-        self.schemas: list[Grammar] = []
-        if use := body.tool_use:
-            template = lifecycle.pipeline.template_for(body.messages, use.told)
-            kind = parser_kind(lifecycle.config.tool_call_parser, template.source)
-            self.parsers = [ToolParser(kind, use.names, parallel=use.parallel) for _ in range(sampling.n)]
-            self.schemas = argument_grammars(use) if use.forced else []
-            sampling = tool_sampling(sampling, use, kind, lifecycle.pipeline.tokenizer)
+        self.parsers, self.schemas, sampling = prepare_calls(lifecycle, body.messages, body.tool_use, sampling)
         super().__init__(lifecycle, f"chatcmpl-{uuid.uuid4().hex}", [sampling], body.rid)
         self.request = body
         self.head: dict[str, Any] = {

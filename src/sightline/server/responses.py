@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import re
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from sightline.engine.output import CompletionOutput, RequestOutput
+from sightline.engine.output import RequestOutput
 from sightline.errors import NotFoundError, OverloadedError, RequestError
 from sightline.prompt.pipeline import Prompt
+from sightline.prompt.tools import ToolCall, ToolUse
 from sightline.server.admission import note
+from sightline.server.calls import prepare_calls
 from sightline.server.errors import error_body
 from sightline.server.exchange import Exchange, check_model, logprob_entries, renamed
 from sightline.server.lifecycle import Lifecycle
+from sightline.server.response_items import Output, named_in_input, read_flat_tools, read_items
 from sightline.server.schema import (
     SamplingFields,
     StreamOptions,
-    check_message,
     check_metadata,
     check_stream_options,
     ranged,
 )
 from sightline.server.sse import ClientGone, until_client_goes
-from sightline.types import FinishReason
+from sightline.types import FinishReason, Grammar, TokenLogprob
 
 router = APIRouter()
 
@@ -58,8 +60,6 @@ class TextOptions(BaseModel):
 class ResponsesRequest(SamplingFields):
     """Body of POST /v1/responses."""
 
-    refused: ClassVar = {**SamplingFields.refused, "tools": ([],)}
-
     input: str | list[dict[str, Any]]
     model: str | None = None
     instructions: str | None = None
@@ -67,6 +67,10 @@ class ResponsesRequest(SamplingFields):
     top_logprobs: int | None = ranged(minimum=0, maximum=20)
     include: list[str] | None = None
     text: TextOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: int | None = None
     reasoning: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     previous_response_id: str | None = None
@@ -100,8 +104,18 @@ class ResponsesRequest(SamplingFields):
             raise RequestError(f"include: {unknown[0][:80]!r} is not known.", param="include")
         if self.top_logprobs is not None and not self.with_logprobs:
             raise RequestError(f"top_logprobs needs {_LOGPROBS!r} in include.", param="top_logprobs")
+        if self.max_tool_calls is not None:
+            raise RequestError(
+                "max_tool_calls: it counts built-in tools, and this server has none.", param="max_tool_calls"
+            )
         check_stream_options(self.stream_options, self.stream)
         check_metadata(self.metadata)
+        self.check_forced(self.tool_use)
+
+    @functools.cached_property
+    def tool_use(self) -> ToolUse | None:
+        """Which tools may be called, and how."""
+        return read_flat_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def with_logprobs(self) -> bool:
@@ -124,39 +138,17 @@ class ResponsesRequest(SamplingFields):
 
     def conversation_messages(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Messages of a chat, and for each where it comes from. Raises `RequestError` naming the item."""
-        messages: list[dict[str, Any]] = []
-        origins: list[str] = []
-        if self.instructions:
-            messages.append({"role": "system", "content": self.instructions})
-            origins.append("instructions")
-        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         if not self.input:
             raise RequestError("input is empty.", param="input", code="empty_array")
-        for i, item in enumerate(items):
-            where = "input" if isinstance(self.input, str) else f"input[{i}]"
-            message = _message(item, where)
-            if message is not None:
-                check_message(message, where)
-                messages.append(message)
-                origins.append(where)
-        if len(messages) == bool(self.instructions):
+        if isinstance(self.input, str):
+            messages, origins = read_items([{"role": "user", "content": self.input}], "input")
+        else:
+            messages, origins = read_items(self.input)
+        if not messages:
             raise RequestError("input must hold at least one message.", param="input", code="empty_array")
+        if self.instructions:
+            return [{"role": "system", "content": self.instructions}, *messages], ["instructions", *origins]
         return messages, origins
-
-
-def _message(item: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """A message of a chat; None for an item that says nothing to these models."""
-    kind = item.get("type") or "message"
-    if kind == "reasoning":
-        return None
-    if kind != "message":
-        raise RequestError(f"{where} of type {str(kind)[:40]!r} is not supported; use messages.", param=f"{where}.type")
-    content = item.get("content")
-    for j, part in enumerate(content if isinstance(content, list) else ()):
-        if isinstance(part, dict) and part.get("file_id"):
-            at = f"{where}.content[{j}].file_id"
-            raise RequestError("file_id: this server keeps no files; send the picture as image_url.", param=at)
-    return {"role": item.get("role"), "content": content}
 
 
 @router.post("/v1/responses")
@@ -175,7 +167,7 @@ async def input_tokens(request: Request) -> Response:
     body = ResponsesRequest.parse(await request.body())
     check_model(lifecycle, body.model)
     messages, origins = body.conversation_messages()
-    with lifecycle.admit(), renamed(lambda param: _named(param, origins)):
+    with lifecycle.admit(), renamed(lambda param: named_in_input(param, origins)):
         try:
             prompt = await until_client_goes(request.receive, _prompt(lifecycle, body, messages))
         except ClientGone as error:
@@ -192,14 +184,9 @@ async def stored(response_id: str) -> Response:
     raise NotFoundError(f"No response {response_id[:80]!r}: {_NO_MEMORY}.", param="response_id")
 
 
-def _named(param: str, origins: list[str]) -> str:
-    """A field of a chat's messages, as a field of the input."""
-    found = re.match(r"messages\[(\d+)\]", param)
-    return origins[int(found[1])] + param[found.end() :] if found else param.replace("messages", "input")
-
-
 async def _prompt(lifecycle: Lifecycle, body: ResponsesRequest, messages: list[dict[str, Any]]) -> Prompt:
-    return await lifecycle.pipeline.chat(messages, template_kwargs=body.chat_template_kwargs)
+    tools = body.tool_use.told if body.tool_use else None
+    return await lifecycle.pipeline.chat(messages, tools=tools, template_kwargs=body.chat_template_kwargs)
 
 
 class _Response(Exchange):
@@ -207,22 +194,29 @@ class _Response(Exchange):
 
     def __init__(self, lifecycle: Lifecycle, body: ResponsesRequest) -> None:
         sampling = body.sampling(lifecycle.sampling_defaults, lifecycle.pipeline.tokenizer.vocab_size)
+        self.messages, self.origins = body.conversation_messages()
+        self.parsers, self.schemas, sampling = prepare_calls(lifecycle, self.messages, body.tool_use, sampling)
         super().__init__(lifecycle, f"resp_{uuid.uuid4().hex}", [sampling], body.rid)
         self.request = body
-        self.messages, self.origins = body.conversation_messages()
-        self.item_id = f"msg_{uuid.uuid4().hex}"
+        self.output = Output()
         self._numbers = itertools.count()
+
+    def grammars(self) -> list[Grammar]:
+        """The arguments' schemas one by one, then what is made of them."""
+        return [*self.schemas, *super().grammars()]
 
     async def prompts(self) -> list[Prompt]:
         return [await _prompt(self.lifecycle, self.request, self.messages)]
 
     def rename(self, param: str) -> str:
         """Fields of `input`."""
-        return _named(param, self.origins)
+        return named_in_input(param, self.origins)
 
     def body(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The response object."""
-        return self._finished(outputs[0].outputs[0])
+        (output,) = outputs[0].outputs
+        list(self._grow(output.text, output.logprobs or [], final=True, reason=output.finish_reason))
+        return self._finished(output.finish_reason)
 
     # -- objects -------------------------------------------------------------------------------------------------------
 
@@ -241,7 +235,7 @@ class _Response(Exchange):
             "metadata": body.metadata or {},
             "model": self.lifecycle.model_name,
             "output": [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "prompt_cache_key": body.prompt_cache_key,
             "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
@@ -251,8 +245,8 @@ class _Response(Exchange):
             "store": False,
             "temperature": sampling.temperature,
             "text": {"format": (body.text and body.text.format) or {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": "disabled",
@@ -261,22 +255,14 @@ class _Response(Exchange):
             **fields,
         }
 
-    def _finished(self, output: CompletionOutput) -> dict[str, Any]:
-        cut = output.finish_reason == FinishReason.LENGTH
-        status = "incomplete" if cut else "completed"
+    def _finished(self, reason: FinishReason | None) -> dict[str, Any]:
+        cut = reason == FinishReason.LENGTH
         return self._object(
-            status,
+            "incomplete" if cut else "completed",
             incomplete_details={"reason": "max_output_tokens"} if cut else None,
-            output=[self._item(status, [self._part(output)])],
+            output=self.output.items,
             usage=self.usage(),
         )
-
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _part(self, output: CompletionOutput) -> dict[str, Any]:
-        logprobs = logprob_entries(self.tokenizer, output.logprobs)
-        return {"type": "output_text", "text": output.text, "annotations": [], "logprobs": logprobs}
 
     def usage(self) -> dict[str, Any]:
         """This API's names for the counts."""
@@ -300,24 +286,41 @@ class _Response(Exchange):
         return {"type": f"response.{type}", "sequence_number": next(self._numbers), **fields}
 
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
-        """The event sequence of one message with one part of text."""
-        output = CompletionOutput(0)
-        whole = RequestOutput(self.request_id, [output], self.num_prompt, self.num_image)
-        place = {"item_id": self.item_id, "output_index": 0, "content_index": 0}
+        """The event sequence of messages, each with one part of text, and calls."""
         yield self._event("created", response=self._object("in_progress"))
         yield self._event("in_progress", response=self._object("in_progress"))
-        yield self._event("output_item.added", output_index=0, item=self._item("in_progress", []))
-        yield self._event("content_part.added", **place, part=self._part(output))
+        if not self.parsers:
+            for event in self.output.open_message():
+                yield self._numbered(event)
+        reason = None
         async for _, delta in self.deltas():
-            whole.append(delta)
-            if delta.text or delta.logprobs:
-                logprobs = logprob_entries(self.tokenizer, delta.logprobs)
-                yield self._event("output_text.delta", **place, delta=delta.text, logprobs=logprobs)
-        part, response = self._part(output), self._finished(output)
-        yield self._event("output_text.done", **place, text=output.text, logprobs=part["logprobs"])
-        yield self._event("content_part.done", **place, part=part)
-        yield self._event("output_item.done", output_index=0, item=response["output"][0])
+            reason = delta.finish_reason
+            for event in self._grow(delta.text, delta.logprobs or [], final=reason is not None, reason=reason):
+                yield self._numbered(event)
+        response = self._finished(reason)
         yield self._event(response["status"], response=response)
+
+    def _grow(
+        self, text: str, logprobs: Sequence[TokenLogprob], *, final: bool, reason: FinishReason | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Events of new text; logprobs go with the first text that it shows."""
+        entries = logprob_entries(self.tokenizer, logprobs)
+        pieces: list[str | ToolCall] = [text]
+        if self.parsers:
+            pieces = self.parsers[0].feed(text, final=final)
+        for piece in pieces:
+            if isinstance(piece, ToolCall):
+                yield from self.output.call(piece)
+            elif piece or entries:
+                yield from self.output.text(piece, entries)
+                entries = []
+        if final:
+            if not self.output.items:
+                yield from self.output.open_message()
+            yield from self.output.close("incomplete" if reason == FinishReason.LENGTH else "completed")
+
+    def _numbered(self, event: dict[str, Any]) -> dict[str, Any]:
+        return {"type": event["type"], "sequence_number": next(self._numbers), **event}
 
     def failure(self, error: Exception) -> dict[str, Any]:
         """response.failed."""

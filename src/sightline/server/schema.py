@@ -205,6 +205,14 @@ class SamplingFields(Body):
             raise
         return params
 
+    def check_forced(self, use: ToolUse | None) -> None:
+        """Raises `RequestError` when both a tool that must be called and a grammar say what comes."""
+        if use and use.forced and (grammar := self._grammar()):
+            raise RequestError(
+                f"{grammar.source} and tool_choice both say what the answer must look like; leave one out.",
+                param=grammar.source,
+            )
+
 
 class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
@@ -236,11 +244,7 @@ class ChatCompletionRequest(SamplingFields):
             raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
         check_stream_options(self.stream_options, self.stream)
         check_metadata(self.metadata)
-        if self.tool_use and self.tool_use.forced and (grammar := self._grammar()):
-            raise RequestError(
-                f"{grammar.source} and tool_choice both say what the answer must look like; leave one out.",
-                param=grammar.source,
-            )
+        self.check_forced(self.tool_use)
         if not self.messages:
             raise RequestError("messages must hold at least one message.", param="messages", code="empty_array")
         for i, message in enumerate(self.messages):

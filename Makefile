@@ -20,11 +20,12 @@ VENV_ARGS ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 RUNTIME := $(VENV)/.ready
+BROWSER := $(VENV)/.ready-browser
 TOOLS   := $(VENV)/.ready-tools
 PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-gpu soak check format bench docs lock wheel clean
+.PHONY: help venv serve test test-browser test-gpu soak check format bench docs lock wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,8 +34,11 @@ help: ## show this list
 serve: $(RUNTIME) ## start the server with the model in the box (MODEL=... for another)
 	@exec $(BIN)/sightline serve $(MODEL) --port $(PORT) $(ARGS)
 
-test: $(TOOLS) ## run every test that needs no GPU
-	@$(BIN)/python -m pytest -q --ignore=tests/gpu -n $(WORKERS) $(ARGS)
+test: $(TOOLS) ## run every test that needs no GPU and no browser
+	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/browser -n $(WORKERS) $(ARGS)
+
+test-browser: $(BROWSER) ## drive the playground in headless Chromium (installs it where it can)
+	@$(BIN)/python -m pytest -q tests/browser $(ARGS)
 
 test-gpu: $(TOOLS) ## run the tests that need a CUDA device (skipped, with the reason, without one)
 	@$(BIN)/python -m pytest -q tests/gpu tests/kernels $(ARGS)
@@ -92,4 +96,9 @@ $(RUNTIME): pyproject.toml requirements/torch.txt requirements/tested.txt | $(BI
 $(TOOLS): $(RUNTIME)
 	@echo "Installing what the tests and checks need ..."
 	@$(PIP) --constraint requirements/tested.txt --editable '.[test,dev]'
+	@touch $@
+
+$(BROWSER): $(TOOLS)
+	@scripts/install_chromium.sh
+	@$(PIP) --constraint requirements/tested.txt --editable '.[browser]'
 	@touch $@

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sightline import hub
 from sightline.errors import CheckpointError, ImageError, RequestError
-from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
+from sightline.prompt.processor import Cells, ImagePlan, PixelLimits, ProcessedPrompt, read_json
 from sightline.types import ImageRef, View
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -53,7 +53,7 @@ class Tiling(NamedTuple):
 class LlavaProcessor:
     """Built from config.json and preprocessor_config.json; stateless.
 
-    image_size: side of a tile in pixels. side: features along a tile's side. tiling: None for LLaVA 1.5. square: how a
+    image_size, patch_size: sides of a tile and of a patch in pixels. side: features along a tile's side. tiling: None for LLaVA 1.5. square: how a
     picture becomes a square when it is not tiled: "crop", "pad" or "squash". placeholder: its text in prompts.
     """
 
@@ -84,7 +84,8 @@ class LlavaProcessor:
             self.square = "pad" if aspect == "pad" else "crop" if clip else "squash"
             self.tiling = _original_tiling(config, aspect, int(vision["image_size"]))
         self.image_size = int(vision.get("image_size", 224))
-        self.side = self.image_size // int(vision.get("patch_size", 32 if clip else 16))
+        self.patch_size = int(vision.get("patch_size", 32 if clip else 16))
+        self.side = self.image_size // self.patch_size
         mean = file.get("image_mean") or (_CLIP_MEAN if clip else _SIGLIP_MEAN)
         red, green, blue = (int(x * 255) for x in mean)
         self._background = (red, green, blue)
@@ -165,6 +166,14 @@ class LlavaProcessor:
         width, height = (side if length == short else int(side * length / short) for length in size)
         at = (-((width - side) // 2), -((height - side) // 2))
         return (View(size=(width, height), resample=resample, canvas=(side, side), at=at, tile=side),)
+
+    def cells(self, plan: ImagePlan) -> tuple[Cells, ...]:
+        """The square view's patches, then the canvas's tiles. Patches that do not fill the side leave a margin."""
+        square = Cells("patch", self.side, self.side, self.patch_size, self.patch_size)
+        if not plan.grid[0]:
+            return (square,)
+        tile = self.image_size
+        return square, Cells("tile", plan.height // tile, plan.width // tile, tile, tile)
 
     def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:
         """Positions are 0 .. L-1."""

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sightline.errors import CheckpointError, RequestError
-from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
+from sightline.prompt.processor import Cells, ImagePlan, PixelLimits, ProcessedPrompt, read_json
 from sightline.types import ImageRef, View
 
 # Values of the releases, for files that omit them.
@@ -103,6 +103,11 @@ class MllamaProcessor:
         (_, rows, columns), tile = plan.grid, self.tile_size
         bilinear, canvas = Image.Resampling.BILINEAR, (columns * tile, rows * tile)
         return (View(size=(plan.width, plan.height), resample=bilinear, canvas=canvas, tile=tile),)
+
+    def cells(self, plan: ImagePlan) -> tuple[Cells, ...]:
+        """The canvas's tiles."""
+        _, rows, columns = plan.grid
+        return (Cells("tile", rows, columns, self.tile_size, self.tile_size),)
 
     def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:
         """Nothing is inserted: the placeholder is the picture's only token, and positions are 0 .. L-1."""

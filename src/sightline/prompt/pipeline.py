@@ -7,10 +7,10 @@ import hashlib
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -37,6 +37,8 @@ from sightline.registry import FAMILIES
 from sightline.types import ImageRef, Pixels
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _KNOWN_SIZES = 100_000
 # What one pixel of a PIL image takes that a caller hands over: a converted copy and its like.
@@ -412,21 +414,27 @@ class PromptPipeline:
 
     async def decode(self, picture: Picture, for_device: bool = False) -> Pixels:
         """`prepare` in a worker thread and under the budget. Raises `ImageError` for a broken file."""
+
+        def pixels(image: Image.Image) -> Pixels:
+            assert self.processor is not None
+            self.media.counters.resizes += 1
+            return prepare(image, self.processor.views(image.size, picture.plan), for_device)
+
+        return await self.use(picture, pixels)
+
+    async def use(self, picture: Picture, function: Callable[[Image.Image], T]) -> T:
+        """`function` of the upright RGB picture, in a worker thread and under the budget. Raises `ImageError` likewise."""
         width, height = self._sizes.get(picture.digest, (picture.plan.width, picture.plan.height))
         cost = _COPY_BYTES_PER_PIXEL
         if isinstance(picture.data, bytes):
             cost = media.decode_cost(picture.data, self.limits, picture.param)
-        pixels: Pixels = await self._budget.run(cost * width * height, self._pixels, picture, for_device)
-        return pixels
+        return await self._budget.run(cost * width * height, lambda: function(self._image(picture)))
 
-    def _pixels(self, picture: Picture, for_device: bool) -> Pixels:
-        assert self.processor is not None
-        image = picture.data
-        if isinstance(image, bytes):
-            self.media.counters.decodes += 1
-            image = media.decode(image, self.limits, picture.param)
-        self.media.counters.resizes += 1
-        return prepare(image, self.processor.views(image.size, picture.plan), for_device)
+    def _image(self, picture: Picture) -> Image.Image:
+        if not isinstance(picture.data, bytes):
+            return picture.data
+        self.media.counters.decodes += 1
+        return media.decode(picture.data, self.limits, picture.param)
 
 
 def _modalities(part: Mapping[str, Any], param: str) -> dict[str, bool]:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -63,6 +63,19 @@ class PixelLimits(NamedTuple):
     single: bool = False
 
 
+class Cells(NamedTuple):
+    """How a view is divided, row by row from its upper left corner; width, height: of one cell in pixels.
+
+    unit: "patch" where a cell becomes one token, "tile" where the vision tower sees each cell by itself.
+    """
+
+    unit: Literal["patch", "tile"]
+    rows: int
+    columns: int
+    width: int
+    height: int
+
+
 class ProcessedPrompt(NamedTuple):
     """input_ids: int32 [L] with placeholders expanded. positions: int32 [3, L], or None for 0..L-1."""
 
@@ -88,6 +101,10 @@ class Processor(Protocol):
     def views(self, size: tuple[int, int], plan: ImagePlan) -> tuple[View, ...]:
         """What becomes of a picture of `size`, (width, height): pixels equal to those of transformers' PIL image processor
         before rescaling, once `render` has joined them along the first axis."""
+        ...
+
+    def cells(self, plan: ImagePlan) -> tuple[Cells, ...]:
+        """How each of `views` is divided, for people who look at it."""
         ...
 
     def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sightline.errors import CheckpointError, ImageError, RequestError
-from sightline.prompt.processor import ImagePlan, PixelLimits, ProcessedPrompt, read_json
+from sightline.prompt.processor import Cells, ImagePlan, PixelLimits, ProcessedPrompt, read_json
 from sightline.types import ImageRef, View
 
 _MAX_ASPECT_RATIO = 200
@@ -51,6 +51,11 @@ class Qwen2VLProcessor:
     def views(self, size: tuple[int, int], plan: ImagePlan) -> tuple[View, ...]:
         """One, bicubic: [H, W, 3]."""
         return (View(size=(plan.width, plan.height), resample=Image.Resampling.BICUBIC),)
+
+    def cells(self, plan: ImagePlan) -> tuple[Cells, ...]:
+        """Merged patches, a token each."""
+        rows, columns = plan.height // self.factor, plan.width // self.factor
+        return (Cells("patch", rows, columns, self.factor, self.factor),)
 
     def expand(self, input_ids: list[int], plans: list[ImagePlan], digests: list[bytes]) -> ProcessedPrompt:
         """M-RoPE (section 2.1 of the paper): text advances all axes; a picture of h x w merged cells starts at the next

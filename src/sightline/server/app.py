@@ -18,14 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sightline import __version__
 from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
 from sightline.prompt.caller import set_caller
-from sightline.server import chat, completions, native, openapi, probes, responses, tokenize
+from sightline.server import chat, completions, native, openapi, playground, preview, probes, responses, tokenize
 from sightline.server.admission import Call, note
 from sightline.server.errors import error_response
 from sightline.server.lifecycle import Lifecycle
 
 logger = logging.getLogger("sightline.server")
 
-MODULES = (probes, chat, completions, responses, tokenize, native, openapi)
+MODULES = (probes, chat, completions, responses, tokenize, preview, native, openapi, playground)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}\Z")
 
 
@@ -105,7 +105,7 @@ class Edge:
             await send(message)
 
         try:
-            if path in probes.OPEN_PATHS:
+            if path in probes.OPEN_PATHS or path in playground.OPEN_PATHS:
                 await self._app(scope, receive, send_with_headers)
             else:
                 await self._admitted(scope, headers, receive, send_with_headers)

@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse, Response
 from sightline import demo
 from sightline.server.completions import CompletionRequest
 from sightline.server.native import AbortRequest, GenerateRequest
+from sightline.server.preview import PreviewRequest
 from sightline.server.responses import ResponsesRequest
 from sightline.server.schema import Body, ChatCompletionRequest
 from sightline.server.tokenize import DetokenizeRequest, TokenizeRequest
@@ -158,6 +159,39 @@ _ANSWERS = {
     ),
     "GeneratedOneOrMany": _either(_ref("Generated"), _list(_ref("Generated"))),
     "Aborted": _object({"aborted": _COUNT}),
+    "Previews": _object(
+        {
+            "object": {"const": "list"},
+            "model": _TEXT,
+            "data": _list(
+                _object(
+                    {
+                        "index": _COUNT,
+                        "width": _COUNT,
+                        "height": _COUNT,
+                        "image_tokens": _COUNT,
+                        "views": _list(_ref("PreviewedView")),
+                    }
+                )
+            ),
+        }
+    ),
+    "PreviewedView": _object(
+        {
+            "image_url": _object({"url": _TEXT}),
+            "width": _COUNT,
+            "height": _COUNT,
+            "cells": _object(
+                {
+                    "unit": {"enum": ["patch", "tile"]},
+                    "rows": _COUNT,
+                    "columns": _COUNT,
+                    "width": _COUNT,
+                    "height": _COUNT,
+                }
+            ),
+        }
+    ),
     "Usage": _USAGE,
 }
 
@@ -184,6 +218,7 @@ def _operations() -> dict[str, _Operation]:
         ),
         "/v1/responses": _Operation(ResponsesRequest, "Response", {**given, "max_output_tokens": 100}, streams=True),
         "/v1/responses/input_tokens": _Operation(ResponsesRequest, "InputTokens", given),
+        "/v1/images/preview": _Operation(PreviewRequest, "Previews", {"images": parts[1:]}),
         "/tokenize": _Operation(TokenizeRequest, "Tokens", {"messages": messages}),
         "/v1/tokenize": _Operation(TokenizeRequest, "Tokens", {"prompt": question}),
         "/detokenize": _Operation(DetokenizeRequest, "Text", {"tokens": [40, 41, 42]}),
@@ -243,8 +278,9 @@ def _describe(operation: dict[str, Any], described: _Operation, schemas: dict[st
     if name not in schemas:
         body = described.body.model_json_schema(ref_template=_REF + "{model}")
         schemas.update(body.pop("$defs", {}))
-        if "messages" in body["properties"]:
-            body["properties"]["messages"]["items"] = _ref("Message")
+        for field, part in (("messages", "Message"), ("images", "ImagePart")):
+            if field in body["properties"]:
+                body["properties"][field]["items"] = _ref(part)
         schemas[name] = body
     content = {"application/json": {"schema": _ref(name), "example": described.example}}
     operation["requestBody"] = {"required": True, "content": content}

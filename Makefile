@@ -22,10 +22,11 @@ BIN     := $(VENV)/bin
 RUNTIME := $(VENV)/.ready
 BROWSER := $(VENV)/.ready-browser
 TOOLS   := $(VENV)/.ready-tools
+CLUSTER := $(VENV)/.ready-cluster
 PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-browser test-gpu soak check format bench docs lock wheel clean
+.PHONY: help venv serve test test-browser test-gpu test-cluster soak check format bench docs lock wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,13 +36,16 @@ serve: $(RUNTIME) ## start the server with the model in the box (MODEL=... for a
 	@exec $(BIN)/sightline serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(TOOLS) ## run every test that needs no GPU and no browser
-	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/browser -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/cluster --ignore=tests/browser -n $(WORKERS) $(ARGS)
 
 test-browser: $(BROWSER) ## drive the playground in headless Chromium (installs it where it can)
 	@$(BIN)/python -m pytest -q tests/browser $(ARGS)
 
 test-gpu: $(TOOLS) ## run the tests that need a CUDA device (skipped, with the reason, without one)
 	@$(BIN)/python -m pytest -q tests/gpu tests/kernels $(ARGS)
+
+test-cluster: $(CLUSTER) ## run the tests of many machines on a local Ray cluster, two to three minutes
+	@$(BIN)/python -m pytest -q -n 0 tests/cluster $(ARGS)
 
 soak: $(TOOLS) ## run the reliability tests at their full counts (SCALE=0.1 for less), hours; writes docs/reliability.md
 	@RELIABILITY_SCALE=$(SCALE) RELIABILITY_SEED=$(SEED) RELIABILITY_REPORT=.pytest_cache/reliability.json \
@@ -101,4 +105,9 @@ $(TOOLS): $(RUNTIME)
 $(BROWSER): $(TOOLS)
 	@scripts/install_chromium.sh
 	@$(PIP) --constraint requirements/tested.txt --editable '.[browser]'
+	@touch $@
+
+$(CLUSTER): $(TOOLS)
+	@echo "Installing Ray ..."
+	@$(PIP) --constraint requirements/tested.txt --editable '.[ray]'
 	@touch $@

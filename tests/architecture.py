@@ -25,6 +25,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("engine",),
     ("server", "bench"),
+    ("serve",),
     ("cli",),
 )
 LEVEL = {layer: level for level, layers in enumerate(LADDER) for layer in layers}
@@ -37,7 +38,7 @@ LAYER_OF = {
 }
 
 # The HTTP process is made of these: they import no torch, neither themselves nor through others.
-TORCH_FREE_LAYERS = {"demo", "base", "prompt", "server", "cli"}
+TORCH_FREE_LAYERS = {"demo", "base", "prompt", "server", "serve", "cli"}
 TORCH_FREE_MODULES = {"sightline", "sightline.engine", "sightline.engine.client", "sightline.bench.serving"} | {
     "sightline.engine.replicas",
     "sightline.engine.routing",

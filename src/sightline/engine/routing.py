@@ -68,17 +68,21 @@ class Router(Generic[ReplicaT]):
         """Of the replicas in `loads` (requests in flight on each), the one to send `prompt` to. ValueError for none."""
         if not loads:
             raise ValueError("there is no replica to choose from")
+        return self.ranked(prompt, loads)[0]
+
+    def ranked(self, prompt: Footprint, loads: Mapping[ReplicaT, int]) -> list[ReplicaT]:
+        """The replicas in `loads`, best first."""
         replicas = list(loads)
-        start = self._turn % len(replicas)
+        start = self._turn % max(len(replicas), 1)
         self._turn += 1
         # Who is equally good takes turns.
         turns = replicas[start:] + replicas[:start]
         if self.method == "round_robin":
-            return turns[0]
+            return turns
         if self.method == "shortest_queue":
-            return min(turns, key=loads.__getitem__)
-        slack = SLACK + min(loads.values()) / 2
-        return min(turns, key=lambda r: loads[r] - slack * self.reused(prompt, r))
+            return sorted(turns, key=loads.__getitem__)
+        slack = SLACK + min(loads.values(), default=0) / 2
+        return sorted(turns, key=lambda r: loads[r] - slack * self.reused(prompt, r))
 
     def reused(self, prompt: Footprint, replica: ReplicaT) -> float:
         """The part of a prompt, 0 to 1, that the replica probably need not compute: its prefix, and pictures behind it."""

@@ -1,0 +1,87 @@
+"""A Ray cluster of this machine alone, with logical CPUs enough for two replicas, and one application at a time on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from tests.servers import free_port
+
+ray = pytest.importorskip("ray", reason="Ray is an extra; `make test-cluster` installs it")
+
+Deploy = Callable[..., str]
+
+# In the environment of every process of this cluster: others may run on the same machine.
+_MARK = "TEST_CLUSTER"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    port = free_port()
+    os.environ[_MARK] = str(os.getpid())
+    ray.init(num_cpus=4, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture
+def deploy(cluster: str) -> Iterator[Deploy]:
+    """Start the application with these arguments; returns its URL."""
+    from ray import serve
+
+    from sightline.serve.ray import build_app
+
+    def start(**args: Any) -> str:
+        serve.run(build_app({"num_threads": 1, "health_check_period_s": 1, **args}))
+        answer = requests.get(f"{cluster}/readyz", timeout=10)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+        return cluster
+
+    yield start
+    serve.delete("default")
+    deadline = time.monotonic() + 20
+    while replicas() or engines():
+        left = [process.cmdline() for process in replicas() + engines()]
+        assert time.monotonic() < deadline, f"processes were left behind: {left}"
+        time.sleep(0.2)
+
+
+def fixed(count: int) -> dict[str, Any]:
+    return {"min_replicas": count, "max_replicas": count}
+
+
+def replicas() -> list[psutil.Process]:
+    """The processes of the engine deployment's replicas."""
+    # Ray adds what it does just now.
+    return _processes(lambda line: line[0].startswith("ray::ServeReplica:default:engine"))
+
+
+def engines() -> list[psutil.Process]:
+    """Their children that hold the model."""
+    return _processes(lambda line: "sightline.engine.process" in line)
+
+
+def _processes(wanted: Callable[[list[str]], bool]) -> list[psutil.Process]:
+    # Ray's workers are children of its raylet, not of the test.
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = [part.strip() for part in process.cmdline() if part.strip()]
+            if line and wanted(line) and process.environ().get(_MARK) == str(os.getpid()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

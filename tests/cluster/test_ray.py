@@ -1,0 +1,175 @@
+"""The Ray Serve application on a local cluster: streams, a replica's death under load, scaling, back-pressure, routing."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+import requests
+
+from tests.cluster.conftest import Deploy, engines, fixed, replicas
+from tests.server.conftest import ask, image_part
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def chat(url: str, messages: list[dict], **fields: Any) -> requests.Response:
+    body = {"messages": messages, "max_tokens": 4, **fields}
+    return requests.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_streams_errors_and_a_client_that_goes(deploy: Deploy) -> None:
+    url = deploy(autoscaling_config=fixed(1))
+    body = {"messages": ask("tell me"), "max_tokens": 40, "ignore_eos": True, "stream": True}
+    times = []
+    with requests.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=30) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert "," not in answer.headers["x-request-id"]
+        for line in answer.iter_lines():
+            if line:
+                times.append(time.monotonic())
+    assert line == b"" or line == b"data: [DONE]"
+    # As they come: an answer that is collected first and sent at once comes within a millisecond or two.
+    assert len(times) > 10
+    assert times[-1] - times[0] > 0.05
+
+    wrong = chat(url, ask("x"), temperature=9)
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "temperature")
+    large = requests.post(f"{url}/v1/chat/completions", data=b" " * 33_000_000, timeout=30)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+    assert requests.get(f"{url}/livez", timeout=5).json() == {"status": "alive"}
+
+    def state() -> dict[str, int]:
+        return requests.get(f"{url}/server_info", timeout=5).json()["engine"]
+
+    aborts = state()["aborts"]
+    with requests.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 200}, stream=True, timeout=30) as gone:
+        next(gone.iter_lines())
+    deadline = time.monotonic() + 5
+    while state()["aborts"] == aborts or state()["num_running"]:
+        assert time.monotonic() < deadline, "the request went on without its client"
+        time.sleep(0.1)
+
+
+def test_a_full_server_says_so(deploy: Deploy) -> None:
+    url = deploy(autoscaling_config=fixed(1), max_ongoing_requests=2, max_queued_requests=2)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: chat(url, ask(f"{i}"), max_tokens=100, ignore_eos=True), range(32)))
+    counts = Counter(a.status_code for a in answers)
+    assert set(counts) == {200, 503}, counts
+    for refused in (a for a in answers if a.status_code == 503):
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_a_replica_dies_under_load_and_nothing_is_lost(deploy: Deploy) -> None:
+    url = deploy(autoscaling_config=fixed(2))
+    victim, _ = replicas()
+    child = next(engine for engine in engines() if engine.ppid() == victim.pid)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8)
+    plain = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    lost: list[tuple[int, str | None]] = []
+
+    def one(i: int) -> int:
+        kind = {"model": "sightline-tiny", "max_tokens": 16, "extra_body": {"ignore_eos": True}}
+        try:
+            answer = plain.chat.completions.create(messages=ask(f"number {i}"), **kind)
+        except openai.APIStatusError as error:
+            lost.append((error.status_code, error.code))
+            # What the SDK then does by itself.
+            answer = client.chat.completions.create(messages=ask(f"number {i}"), **kind)
+        return answer.usage.completion_tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        results = [pool.submit(one, i) for i in range(300)]
+        results[60].result()
+        victim.kill()
+        assert [r.result() for r in results] == [16] * 300
+    assert 0 < len(lost) <= 16
+    assert set(lost) == {(503, "engine_lost")}
+    # Ray starts another one; the dead one's engine ends by itself.
+    deadline = time.monotonic() + 60
+    while len(replicas()) < 2 or child.is_running() or requests.get(f"{url}/readyz", timeout=10).status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_scales_up_and_down_under_load_without_an_error(deploy: Deploy) -> None:
+    url = deploy(
+        autoscaling_config={
+            "min_replicas": 1,
+            "max_replicas": 2,
+            "target_ongoing_requests": 2,
+            "upscale_delay_s": 0.5,
+            "downscale_delay_s": 1.0,
+            "look_back_period_s": 1.0,
+            "metrics_interval_s": 0.5,
+        }
+    )
+    stop = threading.Event()
+
+    def load(i: int) -> Counter[int]:
+        counts: Counter[int] = Counter()
+        # The first keeps asking while the rest stops, so that there is traffic when the second replica goes.
+        while not stop.is_set() and (i == 0 or not calm.is_set()):
+            counts[chat(url, ask("hello"), max_tokens=60, ignore_eos=True).status_code] += 1
+        return counts
+
+    calm = threading.Event()
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(load, i) for i in range(8)]
+        try:
+            _wait_for_replicas(2)
+            calm.set()
+            _wait_for_replicas(1)
+            time.sleep(1)
+        finally:
+            calm.set()
+            stop.set()
+        total = sum((r.result() for r in running), Counter())
+    assert set(total) == {200}, total
+    assert total[200] > 20
+
+
+def _wait_for_replicas(count: int) -> None:
+    """Until so many engines run."""
+    deadline = time.monotonic() + 60
+    while len(engines()) != count or len(replicas()) != count:
+        assert time.monotonic() < deadline, f"{len(replicas())} replicas, not {count}"
+        time.sleep(0.2)
+
+
+def hit_rate(url: str, num_requests: int = 200, repeated: float = 0.3) -> float:
+    """Of the requests whose picture was asked about before, the part that found it cached."""
+    rng = random.Random(1)
+    fresh = iter(range(1000, 1000 + num_requests))
+    trace: list[int] = []
+    for _ in range(num_requests):
+        trace.append(rng.choice(trace) if trace and rng.random() < repeated else next(fresh))
+    seen: set[int] = set()
+    again = [(number in seen, seen.add(number))[0] for number in trace]
+
+    def cached(number: int) -> bool:
+        answer = chat(url, ask(image_part(number, width=96, height=96), "what is it?"), max_tokens=1)
+        assert answer.status_code == 200
+        details = answer.json()["usage"]["prompt_tokens_details"]
+        return details["cached_tokens"] >= details["image_tokens"]
+
+    with ThreadPoolExecutor(4) as pool:
+        hits = list(pool.map(cached, trace))
+    assert not any(hit for hit, known in zip(hits, again, strict=True) if not known)
+    return sum(hits) / sum(again)
+
+
+def test_known_pictures_go_where_they_are_cached(deploy: Deploy) -> None:
+    aware = hit_rate(deploy(autoscaling_config=fixed(2)))
+    turns = hit_rate(deploy(autoscaling_config=fixed(2), load_balance_method="round_robin"))
+    print(f"hit rate of repeated pictures: cache_aware {aware:.3f}, round_robin {turns:.3f}")
+    assert aware > 0.9
+    assert turns < 0.8

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from PIL import Image
 
 from sightline.prompt.pipeline import PromptPipeline
 from sightline.prompt.preview import preview
-from sightline.prompt.processor import PixelLimits, render
+from sightline.prompt.processor import render
+from sightline.server.preview import PreviewRequest, _previews
 from tests import tiny, tiny_llava, tiny_mllama
 from tests.server.conftest import data_url, image_part, picture
 
@@ -127,9 +130,14 @@ async def _compare(model_dir: Path, family: str) -> None:
 
 
 def test_company_changes_onevision() -> None:
-    """Several pictures in one prompt have no tiles there; the endpoint hands on how many they are."""
-    pipeline = PromptPipeline(tiny_llava.llava("onevision"))
-    alone = pipeline.processor.limits_among(PixelLimits(), 1)
-    several = pipeline.processor.limits_among(PixelLimits(), 2)
-    plans = [pipeline.processor.plan(150, 70, limits) for limits in (alone, several)]
-    assert [len(pipeline.processor.cells(plan)) for plan in plans] == [2, 1]
+    """Several pictures in one prompt have no tiles there, whether they are all sent or only counted."""
+    part = image_part(5, width=150, height=70)
+    bodies = [{"images": [part]}, {"images": [part], "num_images": 2}, {"images": [part, part]}]
+
+    async def shown() -> list[int]:
+        lifecycle = SimpleNamespace(pipeline=PromptPipeline(tiny_llava.llava("onevision")))
+        answers = [await _previews(lifecycle, PreviewRequest.parse(json.dumps(body).encode())) for body in bodies]
+        await lifecycle.pipeline.close()
+        return [len(answer[0]["views"]) for answer in answers]
+
+    assert asyncio.run(shown()) == [2, 1, 1]

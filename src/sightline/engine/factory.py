@@ -32,6 +32,7 @@ from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import Scheduler, SchedulerConfig
 from sightline.errors import DeviceError
 from sightline.models.loader import architecture, load_model, read_config
+from sightline.prompt.processor import load_processor
 from sightline.registry import FAMILIES
 from sightline.types import EngineRequest, LoadProgress, MemoryPlan, SamplingParams, TokenEvent, ids_to_bytes
 
@@ -40,6 +41,8 @@ logger = logging.getLogger("sightline.engine")
 # On a GPU, unless --chunked-prefill-size says otherwise. Rows of a step that also decodes: they bound the time between two tokens
 # while others' prompts come in. For prompts of one or two thousand tokens more is not faster, because fewer decode rows ride along.
 _MAX_MIXED_TOKENS = 768
+# Of families that make more than this of a picture of 1024 x 1024: LLaVA-OneVision's 7425 tokens would take ten steps of 768.
+_LONG_PICTURE, _MAX_MIXED_TOKENS_LONG = 4096, 2048
 # On a GPU. Features encoded at once: a few pictures fill the device, and prompts wait for the whole batch.
 _MAX_ENCODE_TOKENS = 1024
 
@@ -110,7 +113,7 @@ def build_core(
         dtype=dtype,
         device=device,
     )
-    max_mixed = (config.chunked_prefill_size or _MAX_MIXED_TOKENS) if device.type == "cuda" else None
+    max_mixed = (config.chunked_prefill_size or _mixed_tokens(model_dir, hf_config)) if device.type == "cuda" else None
     scheduler_config = _scheduler_config(runner, plan, max_step, max_mixed, dtype)
     if not scheduler_config.cross_attention:
         plan = msgspec.structs.replace(plan, image_token_bytes=scheduler_config.image_token_bytes)
@@ -145,6 +148,12 @@ def _backend(name: str, device: torch.device) -> AttentionBackend:
     from sightline.attention.triton import TritonBackend
 
     return TritonBackend()
+
+
+def _mixed_tokens(model_dir: Path, hf_config: dict) -> int:
+    processor = load_processor(FAMILIES[architecture(hf_config)].processor, model_dir)
+    is_long = processor is not None and processor.plan(1024, 1024).num_tokens > _LONG_PICTURE
+    return _MAX_MIXED_TOKENS_LONG if is_long else _MAX_MIXED_TOKENS
 
 
 def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, max_running: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from sightline.models import llava, vit
 from sightline.prompt.llava import LlavaProcessor
+from sightline.types import View
 from tests import llava_oracle, tiny_llava
 from tests.models.harness import load
 from tests.models.test_llava import KINDS, TOLERANCE, difference, prompt, run
@@ -130,12 +132,12 @@ def _bilinear_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _corner_of_the_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Image.Image.paste
+    original = LlavaProcessor.views
 
-    def paste(self: Any, image: Any, box: Any = None, mask: Any = None) -> None:
-        original(self, image, (0, 0), mask)
+    def views(self: Any, *args: Any) -> tuple[View, ...]:
+        return tuple(msgspec.structs.replace(view, at=(0, 0)) for view in original(self, *args))
 
-    monkeypatch.setattr(Image.Image, "paste", paste)
+    monkeypatch.setattr(LlavaProcessor, "views", views)
 
 
 def _crop_for_pad(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,8 @@ def test_goodput_under_ten_times_the_load(url: str, count: Count) -> None:
     answers = asyncio.run(open_loop(url, 10 * peak, number, data))
     arriving = number / (10 * peak)
     good = sum(code == 200 and 0.5 < ended - began < arriving for code, _, ended in answers) / (arriving - 0.5)
+    # Once more: a machine that others slow down meanwhile must not be taken for the excess.
+    after = asyncio.run(closed_loop(url, RUNNING + 4, 5.0, data))
     assert {code for code, _, _ in answers} == {200, 503}
     # The others waited for their turn until the queue's deadline.
     door = [took for code, took, _ in answers if code == 503 and took < 0.4]
@@ -117,9 +119,9 @@ def test_goodput_under_ten_times_the_load(url: str, count: Count) -> None:
     slow = statistics.quantiles(door, n=20)[18]
     count(
         number,
-        f"{good:.1f} answers/s of {peak:.1f} without excess; refusals' p95 {slow * 1e3:.0f} ms (limit 100 ms)",
+        f"{good:.1f} answers/s of {peak:.1f} (before) and {after:.1f} (after) without excess; refusals' p95 {slow * 1e3:.0f} ms (limit 100 ms)",
     )
-    assert good >= 0.9 * peak
+    assert good >= 0.9 * min(peak, after)
     assert slow < 0.1
 
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.write_cli import CLI, cli_page
 from scripts.write_compatibility import COMPATIBILITY, compatibility_page, conformance_passes
 from scripts.write_migrating import MIGRATING, migrating_page
+from scripts.write_operations import OPERATIONS, operations_page
 from scripts.write_security import SECURITY, security_page
 from sightline.config import ENV_PREFIX, EngineConfig, ServerConfig, declared
 
@@ -61,6 +62,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     MIGRATING: migrating_page,
     COMPATIBILITY: compatibility_page,
     SECURITY: security_page,
+    OPERATIONS: operations_page,
 }
 
 if __name__ == "__main__":

@@ -129,6 +129,10 @@ class ServerConfig(EngineConfig):
     enable_playground: bool = setting(True, "The page at / to try the model in a browser.")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe lines of the log.")
     log_format: Literal["text", "json"] = setting("text", "`json` writes one object a line.")
+    metrics: bool = setting(True, "Serve `/metrics` for Prometheus; with keys, it needs one.", "enable-metrics")
+    metrics_compat: Literal["none", "vllm", "sglang"] = setting(
+        "none", "Add to `/metrics` what routers read, under the names that vLLM or SGLang give it."
+    )
     allowed_media_domains: tuple[str, ...] = setting(
         (), "Hosts that pictures may come from; any public one by default."
     )

@@ -71,7 +71,6 @@ stream-interval | 1 | every token is sent when it is there
 stream-output | switch | /generate sends the text so far, as SGLang does by default
 constrained-json-whitespace-pattern | | JSON has the grammar's own white space
 watchdog-timeout | | the engine has no timer for a step
-enable-metrics | switch | counters are at /server_info
 dist-timeout | | there is one process group of one device
 base-gpu-id | 0 | choose the device with CUDA_VISIBLE_DEVICES
 gpu-id-step | 1 | choose the device with CUDA_VISIBLE_DEVICES

@@ -6,6 +6,14 @@ import json
 import logging
 import sys
 from datetime import datetime
+from typing import Any
+
+
+class Fields(dict[str, Any]):
+    """What a line says, by name: `a=1 b=2` in text, members of the object in JSON. None stands for "did not happen"."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.items() if value is not None)
 
 
 class _TextFormatter(logging.Formatter):
@@ -33,6 +41,9 @@ class _JsonFormatter(logging.Formatter):
             "role": self._role,
             "message": record.getMessage(),
         }
+        # logging unwraps a mapping that is the only argument.
+        if isinstance(record.args, Fields):
+            entry |= {"logger": record.name, **record.args}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)

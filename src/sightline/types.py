@@ -7,7 +7,12 @@ The HTTP process sends `EngineRequest`, `PutPixels` and `Abort`; the engine proc
 from __future__ import annotations
 
 import enum
-from typing import Any, Literal, NamedTuple
+from bisect import bisect_left
+from collections.abc import Iterable
+from functools import reduce
+from itertools import accumulate
+from operator import add
+from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -262,8 +267,58 @@ class Fatal(msgspec.Struct, tag=True):
     message: str
 
 
+# Upper bounds of every histogram of times, in seconds: from a token of a small model to the longest request.
+SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+    600.0,
+)
+
+
+class Histogram(msgspec.Struct):
+    """Times since start. counts: how many were at most each of `SECONDS` and above the one before; the last, longer. total: their sum."""
+
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(SECONDS) + 1))
+    total: float = 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """Count a time, or several equal ones."""
+        self.counts[bisect_left(SECONDS, seconds)] += times
+        self.total += seconds * times
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(upper bound, how many were at most that), as Prometheus counts: each holds those before it."""
+        bounds = (*map(str, SECONDS), "+Inf")
+        return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
+
+    def __add__(self, other: Self) -> Histogram:
+        counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        return Histogram(counts, self.total + other.total)
+
+
 class EngineStats(msgspec.Struct, kw_only=True, tag=True):
-    """A snapshot of the engine's counters, sent with events at most a few times a second. Totals since start."""
+    """A snapshot of the engine's counters, sent with events at most a few times a second. Totals since start.
+
+    queried_tokens: tokens of prompts that were looked up in the prefix cache when a request got its turn; cached_tokens of
+    them were there. recomputed_tokens: tokens whose K/V was given back by retractions. queue_seconds: from arrival to the
+    first step; prefill_seconds: from there to the first token; encode_seconds: the part of a step that encodes its
+    pictures (on a GPU: that launches it); step_seconds: one turn of the loop.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -281,6 +336,39 @@ class EngineStats(msgspec.Struct, kw_only=True, tag=True):
     aborts: int = 0
     finished: int = 0
     steps: int = 0
+    pages_locked: int = 0
+    queried_tokens: int = 0
+    recomputed_tokens: int = 0
+    image_tokens: int = 0
+    waiting_tokens: int = 0
+    vision_cache_misses: int = 0
+    vision_cache_evictions: int = 0
+    vision_cache_capacity: int = 0
+    queue_seconds: Histogram = msgspec.field(default_factory=Histogram)
+    prefill_seconds: Histogram = msgspec.field(default_factory=Histogram)
+    encode_seconds: Histogram = msgspec.field(default_factory=Histogram)
+    step_seconds: Histogram = msgspec.field(default_factory=Histogram)
+
+    @property
+    def kv_usage(self) -> float:
+        """Part of the K/V pages, 0 to 1, that cannot be had without setting an answer back."""
+        return (self.pages_in_use + self.pages_locked) / self.pages_total if self.pages_total else 0.0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Part of the tokens looked up in the prefix cache, 0 to 1, that were there."""
+        return self.cached_tokens / self.queried_tokens if self.queried_tokens else 0.0
+
+    @property
+    def pictures_asked(self) -> int:
+        """Pictures whose features were looked up."""
+        return self.vision_cache_hits + self.vision_cache_misses
+
+
+def summed(stats: Iterable[EngineStats]) -> EngineStats:
+    """The counters of several engines together; at least one."""
+    each = list(stats)
+    return EngineStats(**{f: reduce(add, (getattr(s, f) for s in each)) for f in EngineStats.__struct_fields__})
 
 
 ToEngine = EngineRequest | PutPixels | Abort | FlushCache | Shutdown

@@ -118,6 +118,7 @@ class EngineCore:
         room = self.context_length - len(prompt_ids)
         sampling = message.sampling
         leader: Request | None = None
+        now = self._clock()
         for index in range(sampling.n):
             request = Request(
                 request_id=message.request_id,
@@ -131,7 +132,8 @@ class EngineCore:
                 images=message.images,
                 cache_salt=message.cache_salt,
                 leader=leader,
-                start_by=self._clock() + message.max_wait,
+                start_by=now + message.max_wait,
+                arrived=now,
             )
             leader = leader or request
             self._requests[request.request_id, index] = request
@@ -142,6 +144,7 @@ class EngineCore:
                 self._compiling.append(request)
             self.scheduler.add(request)
         self.stats.prompt_tokens += len(prompt_ids)
+        self.stats.image_tokens += sum(image.num_tokens for image in message.images)
 
     def put_pixels(self, digest: bytes, pixels: Any) -> None:
         """Supply a picture; ignored when nobody wants it any more."""
@@ -199,6 +202,8 @@ class EngineCore:
             return events + self._land()
         self.stats.steps += 1
         self.stats.cached_tokens += batch.num_cached_tokens
+        self.stats.queried_tokens += batch.num_queried_tokens
+        self._begin(batch)
         events += self._encode(batch)
         if not batch.rows:
             return events + self._land()
@@ -216,6 +221,16 @@ class EngineCore:
         if not self.overlap:
             events += self._land()
         return events
+
+    def _begin(self, batch: Batch) -> None:
+        """Note whose first step this is."""
+        if len(batch.rows) == batch.num_decode:
+            return
+        now = self._clock()
+        for row in batch.rows[batch.num_decode :]:
+            if row.request.begun is None:
+                row.request.begun = now
+                self.stats.queue_seconds.observe(now - row.request.arrived)
 
     def _start_matchers(self) -> list[TokenEvent]:
         """Requests whose grammars have been compiled may be admitted; one whose grammar failed ends."""
@@ -278,10 +293,12 @@ class EngineCore:
 
     def _fill(self, images: Sequence[ImageRef]) -> None:
         scheduler = self.scheduler
+        began = self._clock()
         features = self.runner.encode(images, [scheduler.pixels[image.digest] for image in images])
         for image, value in zip(images, features, strict=True):
             scheduler.vision_cache.fill(image.digest, value)
             del scheduler.pixels[image.digest]
+        self.stats.encode_seconds.observe(self._clock() - began)
 
     def _launched(self, rows: Sequence[ScheduledRow]) -> None:
         for row in rows:
@@ -338,6 +355,8 @@ class EngineCore:
     def _append(self, request: Request, sampled: Sampled) -> TokenEvent:
         request.output_ids.append(sampled.token_id)
         self.stats.generated_tokens += 1
+        if len(request.output_ids) == 1 and request.begun is not None:
+            self.stats.prefill_seconds.observe(self._clock() - request.begun)
         fields: dict[str, Any] = {
             "token_ids": [sampled.token_id],
             "logprobs": None if sampled.logprob is None else [sampled.logprob],
@@ -372,9 +391,15 @@ class EngineCore:
             pages_free=free,
             pages_cached=cached,
             pages_in_use=self.stats.pages_total - free - cached,
+            pages_locked=scheduler.radix.num_locked if scheduler.radix is not None else 0,
+            waiting_tokens=sum(r.num_tokens for r in scheduler.waiting),
             vision_cache_hits=scheduler.vision_cache.hits,
+            vision_cache_misses=scheduler.vision_cache.misses,
+            vision_cache_evictions=scheduler.vision_cache.evictions,
             vision_cache_bytes=scheduler.vision_cache.num_bytes,
+            vision_cache_capacity=scheduler.vision_cache.max_bytes,
             retractions=scheduler.num_retractions,
+            recomputed_tokens=scheduler.num_recomputed,
         )
 
 

@@ -137,7 +137,10 @@ class _Loop:
             if core.idle:
                 core.scheduler.assert_idle()
             else:
-                self._send(core.step())
+                began = time.monotonic()
+                events = core.step()
+                core.stats.step_seconds.observe(time.monotonic() - began)
+                self._send(events)
 
     def _handle(self, message: EngineRequest | PutPixels | Abort | FlushCache) -> None:
         core = self._core

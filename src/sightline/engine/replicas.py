@@ -19,7 +19,7 @@ from sightline.engine.routing import Footprint, Method, Router, footprint
 from sightline.errors import DeviceError, EngineDeadError, EngineError, ReplicaDeadError, StartupError
 from sightline.prompt.caller import caller
 from sightline.prompt.pipeline import Prompt, PromptPipeline
-from sightline.types import EngineStats, LoadProgress, Ready, SamplingParams
+from sightline.types import EngineStats, LoadProgress, Ready, SamplingParams, summed
 
 logger = logging.getLogger("sightline.server")
 
@@ -116,8 +116,7 @@ class ReplicaSet:
     @property
     def stats(self) -> EngineStats:
         """The counters of all, those of the dead as they were."""
-        each = self.replica_stats
-        return EngineStats(**{f: sum(getattr(s, f) for s in each) for f in EngineStats.__struct_fields__})
+        return summed(self.replica_stats)
 
     @property
     def replica_stats(self) -> list[EngineStats]:

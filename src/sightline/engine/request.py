@@ -27,7 +27,7 @@ class Request:
     pages: physical pages, in order; the first `num_tree_pages` belong to the prefix cache (held by a lock on `node`), the
     rest to this request. pinned: digests of the pictures whose features this request holds in the vision cache.
     leader: the first choice of the same request; this one waits until the leader's prompt is in the prefix cache.
-    start_by: when the request ends with a timeout if it has not begun.
+    start_by: when the request ends with a timeout if it has not begun. arrived, begun: when it came and when its first step ran.
     matcher: where the answer stands in its grammar; the request waits until it has started.
     """
 
@@ -43,6 +43,7 @@ class Request:
     cache_salt: bytes = b""
     leader: Request | None = None
     start_by: float = float("inf")
+    arrived: float = 0.0
     matcher: Matcher | None = None
 
     output_ids: list[int] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Request:
     pinned: set[bytes] = field(default_factory=set)
     asked_pixels: set[bytes] = field(default_factory=set)
     num_retractions: int = 0
+    begun: float | None = None
     finish_reason: FinishReason | None = None
 
     @property

@@ -41,6 +41,7 @@ class Batch:
     num_new_requests: int = 0
     num_new_tokens: int = 0
     num_cached_tokens: int = 0
+    num_queried_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Scheduler:
         self.pixels: dict[bytes, object] = {}
         self.pixel_requests: list[tuple[Request, list[bytes]]] = []
         self.num_retractions = 0
+        self.num_recomputed = 0
         self._wanted: Counter[bytes] = Counter()
         self._needs = beside_text if config.cross_attention else in_text
 
@@ -133,6 +135,7 @@ class Scheduler:
         self._release(request)
         request.num_retractions += 1
         self.num_retractions += 1
+        self.num_recomputed += request.num_computed
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
@@ -236,6 +239,7 @@ class Scheduler:
             self.running.append(request)
             batch.num_new_requests += 1
             batch.num_cached_tokens += request.num_computed
+            batch.num_queried_tokens += request.num_tokens
             if not request.output_ids:
                 request.num_cached = request.num_computed
             budget -= self._schedule_chunk(batch, request, budget)

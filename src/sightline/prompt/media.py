@@ -14,6 +14,7 @@ import io
 import re
 import socket
 import struct
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from sightline.errors import ImageError
 from sightline.prompt.addresses import embedded, is_dotted_quad
 from sightline.prompt.addresses import is_public as is_public
 from sightline.prompt.caller import caller
+from sightline.prompt.counters import MediaCounters, PictureStats
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _MAGIC = (
@@ -85,41 +87,48 @@ class MediaLimits:
     decode_bytes: int = 512 << 20
 
 
-@dataclass
-class MediaCounters:
-    """Work done since start; a known picture adds nothing."""
-
-    fetches: int = 0
-    probes: int = 0
-    decodes: int = 0
-    resizes: int = 0
-
-
 class MediaLoader:
     """Gets the encoded bytes of a picture. One for each event loop; `close` when done."""
 
     def __init__(self, limits: MediaLimits) -> None:
         self.limits = limits
         self.counters = MediaCounters()
+        self.stats = PictureStats()
         self._guard = _GuardedBackend(limits.allow_private)
         self._pool: httpcore2.AsyncConnectionPool | None = None
 
     async def load(self, url: str, param: str | None = None) -> bytes:
         """Encoded bytes of `url`. Raises `ImageError` naming `param` and what to do."""
+        scheme = url[:16].partition(":")[0].lower()
+        source = scheme if scheme in ("data", "http", "https", "file") else "other"
+        result = "cancelled"
         try:
-            scheme = url[:16].partition(":")[0].lower()
-            if scheme == "data":
-                if len(url) > _LONG_URL:
-                    return await asyncio.to_thread(self._decode_data_url, url)
-                return self._decode_data_url(url)
-            if scheme in ("http", "https"):
-                return await self._fetch(url)
-            if scheme == "file":
-                return await asyncio.to_thread(self._read_file, unquote(url[5:].removeprefix("//")))
-            raise _bad_url("An image URL must begin with https:, http: or data:.")
+            data = await self._load(url, scheme)
+            result = "ok"
+            return data
         except ImageError as error:
             error.param = error.param or param
+            result = error.code or "error"
             raise
+        finally:
+            self.stats.loads[source, result] += 1
+
+    async def _load(self, url: str, scheme: str) -> bytes:
+        if scheme == "data":
+            if len(url) > _LONG_URL:
+                return await asyncio.to_thread(self._decode_data_url, url)
+            return self._decode_data_url(url)
+        if scheme in ("http", "https"):
+            began = time.monotonic()
+            try:
+                data = await self._fetch(url)
+            finally:
+                self.stats.fetch_seconds.observe(time.monotonic() - began)
+            self.counters.fetched_bytes += len(data)
+            return data
+        if scheme == "file":
+            return await asyncio.to_thread(self._read_file, unquote(url[5:].removeprefix("//")))
+        raise _bad_url("An image URL must begin with https:, http: or data:.")
 
     async def close(self) -> None:
         """Close pooled connections."""

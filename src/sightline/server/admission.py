@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -50,19 +51,31 @@ def outcome_of(error: BaseException) -> Outcome:
             return Outcome.FAILED
 
 
+def reason_of(error: BaseException) -> str:
+    """The error's code, of which there are a few dozen."""
+    match error:
+        case RequestError() | OverloadedError():
+            return error.code or "invalid_request"
+        case ClientGone() | ClientDisconnect():
+            return "client_gone"
+        case _:
+            return "internal_error"
+
+
 class Call(Caller):
     """One HTTP call that may cost something, from its headers to the end of its answer."""
 
     def __init__(
-        self, admission: Admission, salt: bytes, *, is_admin: bool = False, timeout: float = float("inf")
+        self, admission: Admission, salt: bytes = b"", *, is_admin: bool = False, timeout: float = float("inf")
     ) -> None:
-        """timeout: seconds that the client gives us, if it says."""
+        """timeout: seconds that the client gives us, if it says. fields, once set: what the access log says of the answer."""
         self.salt = salt
         self.timeout = timeout
         self.is_admin = is_admin
         self.error: BaseException | None = None
         self.num_bytes = 0
         self.num_tokens = 0
+        self.fields: dict[str, Any] = {}
         self._admission = admission
 
     def hold(self, num_bytes: int) -> None:
@@ -80,6 +93,7 @@ class Admission:
     """Bounds on everything in flight, and the count of how calls ended.
 
     num_calls: calls from their headers on. num_bytes: their bodies and pictures, encoded. num_tokens: their prompts.
+    reasons: codes of the errors that calls ended with.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -91,6 +105,7 @@ class Admission:
         self.num_tokens = 0
         self.num_received = 0
         self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(Outcome, 0))
+        self.reasons: Counter[str] = Counter()
 
     @contextmanager
     def call(self, who: Call) -> Iterator[Call]:
@@ -108,6 +123,8 @@ class Admission:
             self.num_bytes -= who.num_bytes
             self.num_tokens -= who.num_tokens
             self.outcomes[Outcome.FINISHED if who.error is None else outcome_of(who.error)] += 1
+            if who.error is not None:
+                self.reasons[reason_of(who.error)] += 1
 
     def require_room(self) -> None:
         """Raise `OverloadedError` when a bound is reached; asked for each call, itself counted, before its body is read."""

@@ -8,6 +8,7 @@ import math
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -17,15 +18,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sightline import __version__
 from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
+from sightline.logging import Fields
 from sightline.prompt.caller import set_caller
-from sightline.server import chat, completions, native, openapi, playground, preview, probes, responses, tokenize
-from sightline.server.admission import Call, note
+from sightline.server import chat, completions, metrics, native, openapi, playground, preview, probes, responses, tokenize
+from sightline.server.admission import Call, note, reason_of
 from sightline.server.errors import error_response
 from sightline.server.lifecycle import Lifecycle
 
 logger = logging.getLogger("sightline.server")
+access = logging.getLogger("sightline.access")
 
-MODULES = (probes, chat, completions, responses, tokenize, preview, native, openapi, playground)
+MODULES = (probes, metrics, chat, completions, responses, tokenize, preview, native, openapi, playground)
+# Asked every few seconds by machines: no line for each.
+_QUIET_PATHS = probes.OPEN_PATHS | playground.OPEN_PATHS | {metrics.PATH}
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}\Z")
 
 
@@ -89,12 +94,12 @@ class Edge:
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not _SANE_REQUEST_ID.match(request_id):
             request_id = f"req-{uuid.uuid4().hex}"
-        response_started = False
+        status = 0
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal response_started
+            nonlocal status
             if message["type"] == "http.response.start":
-                response_started = True
+                status = message["status"]
                 milliseconds = str(int((time.monotonic() - started) * 1e3))
                 extra = [
                     (b"x-request-id", request_id.encode()),
@@ -104,32 +109,46 @@ class Edge:
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
+        call = Call(self._lifecycle.admission)
         try:
             if path in probes.OPEN_PATHS or path in playground.OPEN_PATHS:
                 await self._app(scope, receive, send_with_headers)
             else:
-                await self._admitted(scope, headers, receive, send_with_headers)
+                await self._admitted(call, scope, headers, receive, send_with_headers)
         except ClientDisconnect:
             logger.info("%s: the client went away before its request was complete", request_id)
         except Exception as error:
             if not isinstance(error, RequestError | OverloadedError):
                 logger.exception("request %s failed", request_id)
-            if response_started:
+            if status:
                 return
             await error_response(error)(scope, receive, send_with_headers)
+        finally:
+            level = logging.DEBUG if path in _QUIET_PATHS else logging.INFO
+            if access.isEnabledFor(level):
+                fields = {"request_id": request_id, "method": scope["method"], "path": quote(path[:200])}
+                total = round((time.monotonic() - started) * 1e3)
+                access.log(level, "%s", Fields({**fields, "status": status, **call.fields, "total_ms": total}))
 
-    async def _admitted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
-        salt, is_admin = self._lifecycle.keys.open(headers)
+    async def _admitted(
+        self, call: Call, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
         admission = self._lifecycle.admission
-        call = Call(admission, salt, is_admin=is_admin, timeout=_timeout(headers))
+        try:
+            call.salt, call.is_admin = self._lifecycle.keys.open(headers)
+        except RequestError as error:
+            admission.reasons[reason_of(error)] += 1
+            raise
+        call.timeout = _timeout(headers)
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            self._lifecycle.require_ready()
+            if scope["path"] != metrics.PATH:
+                self._lifecycle.require_ready()
             set_caller(call)
             await self._app(scope, receive, send)
             return
         with admission.call(call):
             self._lifecycle.require_ready()
-            if not is_admin:
+            if not call.is_admin:
                 admission.require_room()
             await self._app(scope, self._limited(receive, headers, call), send)
 

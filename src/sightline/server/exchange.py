@@ -6,7 +6,6 @@ A dialect (chat.py, completions.py, ...) is an `Exchange` that makes prompts and
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,6 @@ from sightline.server.schema import StreamOptions
 from sightline.server.sse import EventStream, until_client_goes
 from sightline.types import FinishReason, Grammar, SamplingParams, TokenLogprob
 
-logger = logging.getLogger("sightline.access")
 _json = msgspec.json.Encoder().encode
 
 
@@ -90,6 +88,8 @@ class Exchange(ABC):
             self._timeout = min(self._timeout, who.timeout)
         self._deadline = asyncio.get_running_loop().time() + self._timeout
         self._first_token: float | None = None
+        self._last_token: dict[tuple[int, int], float] = {}
+        self._observed = lifecycle.observed
         self._num_cached = [0] * len(sampling)
         self._num_completion = 0
         self._finish: FinishReason | None = None
@@ -145,12 +145,12 @@ class Exchange(ABC):
                 outputs = await until_client_goes(request.receive, self._collect())
             except ClientGone as error:
                 note(error)
-                self._log("client gone")
+                self._end("client gone")
                 return Response(status_code=499)
             except (EngineError, OverloadedError, RequestError):
-                self._log("error")
+                self._end("error")
                 raise
-            self._log(self._finish)
+            self._end(self._finish)
             return Response(_json(self.body(outputs)), media_type="application/json")
 
     @contextmanager
@@ -228,7 +228,7 @@ class Exchange(ABC):
             finish = "error"
             yield self.failure(error)
         finally:
-            self._log(finish)
+            self._end(finish)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, OutputDelta]]:
         """(index of the prompt, delta) as they come. Raises `OverloadedError` at the deadline, and `EngineError`."""
@@ -249,13 +249,22 @@ class Exchange(ABC):
                 yield i, OutputDelta(index, "", [], None, FinishReason.ABORT, None, self._num_cached[i])
 
     def _count(self, i: int, delta: OutputDelta) -> None:
-        if self._first_token is None:
-            self._first_token = time.monotonic()
-        self._num_completion += len(delta.token_ids)
+        if delta.token_ids:
+            now, choice = time.monotonic(), (i, delta.index)
+            if self._first_token is None:
+                self._first_token = now
+                self._observed.first_token.observe(now - self._started)
+            if (last := self._last_token.get(choice)) is not None:
+                # Tokens that came together share the time.
+                num = len(delta.token_ids)
+                self._observed.between_tokens.observe((now - last) / num, num)
+            self._last_token[choice] = now
+            self._num_completion += len(delta.token_ids)
         if delta.index == 0:
             self._num_cached[i] = delta.num_cached_tokens
         if delta.finish_reason is not None:
             self._finish = delta.finish_reason
+            self._observed.finishes[delta.finish_reason] += 1
             self._running.discard((i, delta.index))
 
     # -- what dialects write -------------------------------------------------------------------------------------------
@@ -307,20 +316,21 @@ class Exchange(ABC):
             "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
         }
 
-    def _log(self, finish: Any) -> None:
-        """The request's line in the access log."""
+    def _end(self, finish: str | None) -> None:
+        """Count the request, and say what the access log says of it."""
         now = time.monotonic()
-        logger.info(
-            "%s images=%d in=%d cached=%d out=%d ttft=%.0fms total=%.0fms finish=%s",
-            self.request_id,
-            sum(len(a.prompt.images) for a in self.answers),
-            self.num_prompt,
-            self.num_cached,
-            self.num_completion,
-            ((self._first_token or now) - self._started) * 1e3,
-            (now - self._started) * 1e3,
-            finish,
-        )
+        self._observed.request.observe(now - self._started)
+        if isinstance(who := caller(), Call):
+            first = None if self._first_token is None else round((self._first_token - self._started) * 1e3)
+            who.fields = {
+                "id": self.request_id,
+                "images": sum(len(a.prompt.images) for a in self.answers),
+                "in": self.num_prompt,
+                "cached": self.num_cached,
+                "out": self.num_completion,
+                "ttft_ms": first,
+                "finish": finish,
+            }
 
 
 class _Aborted(RequestError):

@@ -16,11 +16,12 @@ from sightline.config import ServerConfig
 from sightline.engine.client import AsyncEngine
 from sightline.engine.replicas import EngineClient, ReplicaSet
 from sightline.errors import EngineDeadError, OverloadedError, SightlineError, StartupError
-from sightline.prompt.media import MediaLimits
+from sightline.prompt.media import MediaLimits, MediaLoader
 from sightline.prompt.pipeline import PromptPipeline
 from sightline.prompt.processor import read_json
 from sightline.server.admission import Admission, Keys, busy
-from sightline.types import LoadProgress, MemoryPlan
+from sightline.server.observed import Observed
+from sightline.types import EngineStats, LoadProgress, MemoryPlan
 
 logger = logging.getLogger("sightline.server")
 
@@ -49,6 +50,7 @@ class Lifecycle:
         self.in_flight = 0
         self.admission = Admission(config)
         self.keys = Keys.of(config)
+        self.observed = Observed()
         self._idle = asyncio.Event()
         self._idle.set()
         self._on_progress = on_progress
@@ -64,6 +66,21 @@ class Lifecycle:
     def pipeline(self) -> PromptPipeline:
         assert self._pipeline is not None
         return self._pipeline
+
+    @property
+    def replica_stats(self) -> list[EngineStats]:
+        """The counters of each engine, in order; none before they are started."""
+        return [] if self._engine is None else self._engine.replica_stats
+
+    @property
+    def num_alive(self) -> tuple[int, int]:
+        """Engines that live, and all that were started; none before."""
+        return (0, 0) if self._engine is None else self._engine.num_alive
+
+    @property
+    def media(self) -> MediaLoader | None:
+        """What gets pictures, once there is one."""
+        return None if self._pipeline is None else self._pipeline.media
 
     @property
     def model_name(self) -> str:

@@ -1,0 +1,146 @@
+"""`/metrics` beside what the clients saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from sightline.server.metrics import DEFINITIONS
+from tests import tiny
+from tests.server.conftest import ask, data_url, image_part, picture
+from tests.servers import ServerProcess
+
+KEY = {"Authorization": "Bearer secret-key-of-a-tenant"}
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    flags = ["--served-model-name", "tiny", "--api-key", "secret-key-of-a-tenant", "--metrics-compat", "vllm"]
+    with ServerProcess([str(tiny.qwen2_vl()), *flags, "--log-format", "json"]) as process:
+        process.wait_ready()
+        yield process
+
+
+def chat(server: ServerProcess, *parts: dict | str, **fields: object) -> requests.Response:
+    body = {"messages": ask(*parts), "temperature": 0, "ignore_eos": True, **fields}
+    return requests.post(f"{server.base_url}/v1/chat/completions", json=body, headers=KEY, timeout=30)
+
+
+def scrape(server: ServerProcess) -> Samples:
+    answer = requests.get(f"{server.base_url}/metrics", headers=KEY, timeout=10)
+    assert answer.status_code == 200, answer.text
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples.get((name, tuple(sorted(labels.items()))), 0.0)
+
+
+def test_every_declared_metric_is_there_and_no_other(server: ServerProcess) -> None:
+    text = requests.get(f"{server.base_url}/metrics", headers=KEY, timeout=10).text
+    kinds = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE "))
+    assert {n: k for n, k in kinds.items() if n.startswith("sightline")} == {
+        f"sightline_{d.name}": d.kind for d in DEFINITIONS
+    }
+    assert {"process_cpu_seconds_total", "process_resident_memory_bytes"} <= kinds.keys()
+
+
+def test_counters_move_by_what_the_client_was_told(server: ServerProcess) -> None:
+    before = scrape(server)
+    answers = [chat(server, image_part(901), "what?", max_tokens=5).json() for _ in range(2)]
+    after = scrape(server)
+
+    def moved(name: str, **labels: str) -> float:
+        return value(after, f"sightline_{name}", **labels) - value(before, f"sightline_{name}", **labels)
+
+    usage = [answer["usage"] for answer in answers]
+    details = [each["prompt_tokens_details"] for each in usage]
+    assert details[1]["cached_tokens"] > 0
+    assert moved("prompt_tokens_total", engine="0") == sum(u["prompt_tokens"] for u in usage)
+    assert moved("image_tokens_total", engine="0") == sum(d["image_tokens"] for d in details)
+    assert moved("prefix_queried_tokens_total", engine="0") == sum(u["prompt_tokens"] for u in usage)
+    assert moved("prefix_cached_tokens_total", engine="0") == sum(d["cached_tokens"] for d in details)
+    assert moved("generation_tokens_total", engine="0") == 10
+    assert moved("pictures_encoded_total", engine="0") == 1
+    assert moved("calls_total", outcome="finished") == 2
+    assert moved("choices_total", finish_reason="length") == 2
+    assert moved("pictures_total", source="data", result="ok") == 2
+    for name in ("time_to_first_token_seconds", "request_seconds"):
+        assert moved(f"{name}_count") == 2
+        assert moved(f"{name}_sum") > 0
+        assert moved(f"{name}_bucket", le="+Inf") == 2
+    assert moved("inter_token_seconds_count") == 8
+    assert moved("queue_seconds_count", engine="0") == moved("prefill_seconds_count", engine="0") == 2
+    assert moved("picture_decode_seconds_count") == moved("picture_encode_seconds_count", engine="0") == 1
+    assert moved("step_seconds_count", engine="0") >= 8
+
+
+def test_aliases_have_the_peer_s_names_and_our_values(server: ServerProcess) -> None:
+    samples = scrape(server)
+    labels = {"model_name": "tiny", "engine": "0"}
+    for theirs, ours in {
+        "num_requests_running": "requests_running",
+        "num_requests_waiting": "requests_waiting",
+        "kv_cache_usage_perc": "kv_usage_ratio",
+        "prompt_tokens_total": "prompt_tokens_total",
+        "prefix_cache_queries_total": "prefix_queried_tokens_total",
+    }.items():
+        assert (f"vllm:{theirs}", tuple(sorted(labels.items()))) in samples
+        assert value(samples, f"vllm:{theirs}", **labels) == value(samples, f"sightline_{ours}", engine="0")
+    assert value(samples, "vllm:e2e_request_latency_seconds_count", model_name="tiny") == value(
+        samples, "sightline_request_seconds_count"
+    )
+
+
+def test_errors_are_counted_by_code_and_labels_never_come_from_clients(server: ServerProcess) -> None:
+    before = scrape(server)
+    assert chat(server, "hello", model="canary-of-a-client").status_code == 404
+    assert chat(server, {"type": "image_url", "image_url": {"url": "canary-scheme:x"}}).status_code == 400
+    assert requests.post(f"{server.base_url}/v1/chat/completions", json={}, timeout=10).status_code == 401
+    after = scrape(server)
+    for name in ("model_not_found", "invalid_api_key"):
+        labels = {"reason": name}
+        assert value(after, "sightline_calls_errors_total", **labels) == 1 + value(
+            before, "sightline_calls_errors_total", **labels
+        )
+    assert any(n == "sightline_pictures_total" and ("source", "other") in labels for n, labels in after)
+    assert "canary" not in repr(after)
+
+
+def test_the_page_needs_a_key(server: ServerProcess) -> None:
+    assert requests.get(f"{server.base_url}/metrics", timeout=10).status_code == 401
+
+
+def test_the_log_has_one_line_for_each_request_and_no_secret(server: ServerProcess) -> None:
+    import json
+
+    mark = server.log_size()
+    secret = data_url(picture(902))
+    url = "http://user:password-canary@127.0.0.1:9/picture.png?token=query-canary"
+    ok = chat(server, {"type": "image_url", "image_url": {"url": secret}}, "prompt-canary", max_tokens=3)
+    bad = chat(server, {"type": "image_url", "image_url": {"url": url}}, "prompt-canary")
+    gone = requests.get(f"{server.base_url}/nowhere%0Aforged?key=query-canary", headers=KEY, timeout=10)
+    assert [ok.status_code, gone.status_code] == [200, 404]
+    assert bad.status_code >= 400
+    text = server.log(mark)
+    for word in ("canary", "secret-key-of-a-tenant", secret[30:60]):
+        assert word not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    first, second, third = [line for line in lines if line.get("logger") == "sightline.access"]
+    usage = ok.json()["usage"]
+    assert first["request_id"] == ok.headers["x-request-id"]
+    assert first["id"] == ok.json()["id"]
+    assert (first["method"], first["path"], first["status"]) == ("POST", "/v1/chat/completions", 200)
+    assert (first["images"], first["in"], first["out"]) == (1, usage["prompt_tokens"], 3)
+    assert first["finish"] == "length"
+    assert 0 <= first["ttft_ms"] <= first["total_ms"]
+    assert (second["status"], second["finish"]) == (bad.status_code, "error")
+    assert (third["status"], third["path"]) == (404, "/nowhere%0Aforged")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sightline.types import Histogram
@@ -27,3 +31,12 @@ class PictureStats:
         self.fetch_seconds = Histogram()
         self.decode_seconds = Histogram()
         self.resize_seconds = Histogram()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def timed(self, histogram: Histogram) -> Iterator[None]:
+        """Observe how long the block takes, in whatever thread."""
+        began = time.monotonic()
+        yield
+        with self._lock:
+            histogram.observe(time.monotonic() - began)

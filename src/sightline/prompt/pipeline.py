@@ -418,7 +418,8 @@ class PromptPipeline:
         def pixels(image: Image.Image) -> Pixels:
             assert self.processor is not None
             self.media.counters.resizes += 1
-            return prepare(image, self.processor.views(image.size, picture.plan), for_device)
+            with self.media.stats.timed(self.media.stats.resize_seconds):
+                return prepare(image, self.processor.views(image.size, picture.plan), for_device)
 
         return await self.use(picture, pixels)
 
@@ -434,7 +435,8 @@ class PromptPipeline:
         if not isinstance(picture.data, bytes):
             return picture.data
         self.media.counters.decodes += 1
-        return media.decode(picture.data, self.limits, picture.param)
+        with self.media.stats.timed(self.media.stats.decode_seconds):
+            return media.decode(picture.data, self.limits, picture.param)
 
 
 def _modalities(part: Mapping[str, Any], param: str) -> dict[str, bool]:

@@ -20,7 +20,18 @@ from sightline import __version__
 from sightline.errors import EngineError, NotFoundError, OverloadedError, RequestError
 from sightline.logging import Fields
 from sightline.prompt.caller import set_caller
-from sightline.server import chat, completions, metrics, native, openapi, playground, preview, probes, responses, tokenize
+from sightline.server import (
+    chat,
+    completions,
+    metrics,
+    native,
+    openapi,
+    playground,
+    preview,
+    probes,
+    responses,
+    tokenize,
+)
 from sightline.server.admission import Call, note, reason_of
 from sightline.server.errors import error_response
 from sightline.server.lifecycle import Lifecycle

@@ -266,7 +266,7 @@ def document(app: FastAPI) -> dict[str, Any]:
             operation["responses"] = {"200": operation["responses"]["200"], "4XX": error, "5XX": error}
             if path in operations and method in ("post", "put"):
                 _describe(operation, operations[path], schemas)
-            else:
+            elif "application/json" in operation["responses"]["200"]["content"]:
                 operation["responses"]["200"]["content"] = {"application/json": {"schema": _ANY_OBJECT}}
     # /startupz answers 503 with its progress while the model loads.
     schema["paths"]["/startupz"]["get"]["responses"]["5XX"] = schema["paths"]["/startupz"]["get"]["responses"]["200"]

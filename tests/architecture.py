@@ -33,7 +33,9 @@ LEVEL = {layer: level for level, layers in enumerate(LADDER) for layer in layers
 # The layer of a top-level module or package is its own name, but for these. "" is sightline/__init__.py.
 LAYER_OF = {
     **dict.fromkeys(("types", "config", "errors", "registry", "logging", "hub", "version", "foreign_flags"), "base"),
-    **dict.fromkeys(("__main__", "launch_server", "catalog", "doctor", "utils", "test", "test_utils"), "cli"),
+    **dict.fromkeys(
+        ("__main__", "launch_server", "catalog", "doctor", "utils", "terminal", "test", "test_utils"), "cli"
+    ),
     "": "engine",
 }
 
@@ -63,6 +65,7 @@ HTTP_CLIENTS = {
 MAY_USE_HTTP = {
     "prompt.media": "fetches pictures, behind the address guard",
     "cli": "is a client of a running server",
+    "terminal": "is a client of a running server",
     "bench": "is a client of a running server",
     "utils": "waits for the server that it started",
 }

@@ -24,7 +24,7 @@ def test_help_lists_the_commands_without_loading_anything() -> None:
     result = run("--help")
     assert time.monotonic() - began < 3
     assert result.returncode == 0
-    for command in ("serve", "ask", "bench", "doctor", "version"):
+    for command in ("serve", "ask", "chat", "batch", "bench", "doctor", "version"):
         assert command in result.stdout
     imported = subprocess.run(
         [sys.executable, "-c", "import sys, sightline.cli; print(*sorted(sys.modules))"],

@@ -1,4 +1,4 @@
-"""The command line: serve, ask, bench, models, doctor, version. Imports are late, so that `--help` is immediate."""
+"""The command line: serve, ask, chat, batch, bench, models, doctor, version. Imports are late, so that `--help` is immediate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ _USAGE = """usage: sightline COMMAND [flags]
 
   serve [MODEL]               start the server; without a model, the bundled sightline-tiny
   ask PICTURE... "QUESTION"   one answer in the terminal, without a server
+  chat                        a conversation with pictures in the terminal
+  batch REQUESTS -o RESULTS   answer a file of requests in OpenAI's batch form; run again, it goes on
   bench serve|offline|compare measure a running server, the engine alone, or this machine beside transformers
   models [FOLDER]             list what can be served; say what a checkpoint is and whether it fits this machine
   doctor [--selftest]         say what this machine has; prove the installation with the bundled model
@@ -26,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "serve": _serve,
         "ask": _ask,
+        "chat": _chat,
+        "batch": _batch,
         "bench": _bench,
         "models": _models,
         "doctor": _doctor,
@@ -61,6 +65,18 @@ def _bench(argv: list[str]) -> int:
     from sightline import bench
 
     return bench.main(argv)
+
+
+def _chat(argv: list[str]) -> int:
+    from sightline.terminal import chat
+
+    return chat.main(argv)
+
+
+def _batch(argv: list[str]) -> int:
+    from sightline.terminal import batch
+
+    return batch.main(argv)
 
 
 def _models(argv: list[str]) -> int:

@@ -26,7 +26,7 @@ CLUSTER := $(VENV)/.ready-cluster
 PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-browser test-gpu test-cluster soak check format bench docs lock wheel clean
+.PHONY: help venv serve test test-browser test-gpu test-operations test-cluster soak check format bench docs lock wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,13 +36,17 @@ serve: $(RUNTIME) ## start the server with the model in the box (MODEL=... for a
 	@exec $(BIN)/sightline serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(TOOLS) ## run every test that needs no GPU and no browser
-	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/cluster --ignore=tests/browser -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/cluster --ignore=tests/browser --ignore=tests/operations -n $(WORKERS) $(ARGS)
 
 test-browser: $(BROWSER) ## drive the playground in headless Chromium (installs it where it can)
 	@$(BIN)/python -m pytest -q tests/browser $(ARGS)
 
 test-gpu: $(TOOLS) ## run the tests that need a CUDA device (skipped, with the reason, without one)
 	@$(BIN)/python -m pytest -q tests/gpu tests/kernels $(ARGS)
+
+test-operations: $(TOOLS) ## scrape a server with a real Prometheus, try dashboard, alerts and deploy/ (installs it where it can)
+	@scripts/install_system.sh test-operations prometheus prometheus
+	@$(BIN)/python -m pytest -q -n 0 tests/operations $(ARGS)
 
 test-cluster: $(CLUSTER) ## run the tests of many machines on a local Ray cluster, two to three minutes
 	@$(BIN)/python -m pytest -q -n 0 tests/cluster $(ARGS)
@@ -103,7 +107,7 @@ $(TOOLS): $(RUNTIME)
 	@touch $@
 
 $(BROWSER): $(TOOLS)
-	@scripts/install_chromium.sh
+	@scripts/install_system.sh test-browser "chromium fonts-dejavu-core" chromium chromium-browser google-chrome
 	@$(PIP) --constraint requirements/tested.txt --editable '.[browser]'
 	@touch $@
 

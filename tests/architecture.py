@@ -34,7 +34,8 @@ LEVEL = {layer: level for level, layers in enumerate(LADDER) for layer in layers
 LAYER_OF = {
     **dict.fromkeys(("types", "config", "errors", "registry", "logging", "hub", "version", "foreign_flags"), "base"),
     **dict.fromkeys(
-        ("__main__", "launch_server", "catalog", "doctor", "utils", "terminal", "test", "test_utils"), "cli"
+        ("__main__", "launch_server", "catalog", "dashboard", "doctor", "utils", "terminal", "test", "test_utils"),
+        "cli",
     ),
     "": "engine",
 }

@@ -1,4 +1,4 @@
-"""The command line: serve, ask, chat, batch, bench, models, doctor, version. Imports are late, so that `--help` is immediate."""
+"""The command line: serve, ask, chat, batch, bench, models, dashboard, doctor, version. Imports are late, so that `--help` is immediate."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _USAGE = """usage: sightline COMMAND [flags]
   batch REQUESTS -o RESULTS   answer a file of requests in OpenAI's batch form; run again, it goes on
   bench serve|offline|compare measure a running server, the engine alone, or this machine beside transformers
   models [FOLDER]             list what can be served; say what a checkpoint is and whether it fits this machine
+  dashboard [--alerts]        print a Grafana dashboard, or alert rules for Prometheus
   doctor [--selftest]         say what this machine has; prove the installation with the bundled model
   version                     print the version
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "batch": _batch,
         "bench": _bench,
         "models": _models,
+        "dashboard": _dashboard,
         "doctor": _doctor,
         "version": _version,
     }
@@ -83,6 +85,12 @@ def _models(argv: list[str]) -> int:
     from sightline import catalog
 
     return catalog.main(argv)
+
+
+def _dashboard(argv: list[str]) -> int:
+    from sightline import dashboard
+
+    return dashboard.main(argv)
 
 
 def _version(argv: list[str]) -> int:

@@ -20,6 +20,7 @@ from sightline.prompt.processor import Processor
 from sightline.server.app import create_app
 from sightline.server.connection import bounded_protocol
 from sightline.server.lifecycle import Lifecycle
+from sightline.server.notify import ServiceManager
 from sightline.server.probes import DEMO_NOTICE
 from sightline.types import LoadProgress, MemoryPlan
 
@@ -58,12 +59,19 @@ class _Server:
         self._is_demo = is_demo
         self._stop = asyncio.Event()
         self._signals = 0
+        self._manager = ServiceManager()
 
     async def run(self) -> int:
         """Listen first, load after; returns the exit code."""
         view = _ProgressView()
+
+        def on_progress(progress: LoadProgress) -> None:
+            view(progress)
+            share = "" if progress.fraction is None else f" {progress.fraction:.0%}"
+            self._manager.loading(f"loading: {progress.phase}{share}")
+
         try:
-            lifecycle = Lifecycle(self._config, demo=self._is_demo, on_progress=view)
+            lifecycle = Lifecycle(self._config, demo=self._is_demo, on_progress=on_progress)
         except StartupError as error:
             logger.error("%s", error)
             return error.exit_code
@@ -110,6 +118,8 @@ class _Server:
         assert lifecycle.plan is not None
         _print_plan(lifecycle.plan, lifecycle.pipeline.processor)
         logger.info("ready after %.1f s: %s serves %s", lifecycle.ready_after, url, lifecycle.model_name)
+        self._manager.ready(f"serves {lifecycle.model_name}")
+        pinging = asyncio.ensure_future(self._manager.watchdog())
         watching = asyncio.ensure_future(lifecycle.watch())
         await asyncio.wait([stopping, watching], return_when=asyncio.FIRST_COMPLETED)
         if watching.done():
@@ -119,10 +129,12 @@ class _Server:
             return EXIT_ENGINE_DIED
         watching.cancel()
         logger.info("draining %d requests", lifecycle.in_flight)
+        self._manager.stopping(f"draining {lifecycle.in_flight} requests")
         drained = asyncio.ensure_future(lifecycle.drain())
         while not drained.done() and self._signals < 2:
             await asyncio.wait([drained], timeout=0.1)
         drained.cancel()
+        pinging.cancel()
         return 0
 
     def _on_signal(self) -> None:

@@ -25,6 +25,9 @@ TOOLS   := $(VENV)/.ready-tools
 CLUSTER := $(VENV)/.ready-cluster
 PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
 
+# Some containers ask for no bytecode; then every process of a test compiles everything again, pytest's rewritten plugins too.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-browser test-gpu test-operations test-cluster soak check format bench docs lock wheel clean
 
@@ -36,7 +39,7 @@ serve: $(RUNTIME) ## start the server with the model in the box (MODEL=... for a
 	@exec $(BIN)/sightline serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(TOOLS) ## run every test that needs no GPU and no browser
-	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/cluster --ignore=tests/browser --ignore=tests/operations -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/cluster --ignore=tests/browser --ignore=tests/operations -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-browser: $(BROWSER) ## drive the playground in headless Chromium (installs it where it can)
 	@$(BIN)/python -m pytest -q tests/browser $(ARGS)

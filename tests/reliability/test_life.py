@@ -62,7 +62,7 @@ def test_kill_9_of_the_engine(count: Count) -> None:
             slowest = max(slowest, time.monotonic() - killed)
             assert server.wait_exit(10) == 7
             slowest_exit = max(slowest_exit, time.monotonic() - killed)
-            assert all('"code":"engine_dead"' in "".join(each) for each in lines)
+            assert all('"code":"engine_dead"' in "".join(each) and "data: [DONE]" not in each for each in lines)
             assert not folder.exists()
     assert slowest < 2
     count(max(1, total), f"clients knew after {slowest:.2f} s (limit 2), exit after {slowest_exit:.2f} s (limit 10)")
@@ -126,6 +126,7 @@ def test_sigterm_drops_nobody(count: Count) -> None:
         for thread in threads:
             thread.join(40)
         assert all(each[0] == "200" and "data: [DONE]" in each for each in lines)
+        assert all('"finish_reason":"length"' in "".join(each) for each in lines)
         assert server.wait_exit() == 0
     count(number)
 

@@ -28,6 +28,16 @@ def tiny_process() -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="session")
+def keyed_server() -> Iterator[str]:
+    """A server that wants one of two keys, `alpha` or `beta`."""
+    with ServerProcess([str(tiny.qwen2_vl()), "--api-key", "alpha", "--api-key", "beta"]) as process:
+        process.wait_ready()
+        yield process.base_url
+        assert process.running, f"the server died during the tests:\n{process.log()}"
+        assert process.terminate() == 0
+
+
+@pytest.fixture(scope="session")
 def tiny_server(tiny_process: ServerProcess) -> str:
     return tiny_process.base_url
 

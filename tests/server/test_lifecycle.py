@@ -1,14 +1,10 @@
-"""Start, keys, drain, death: what a supervisor and a terminal see."""
+"""Start and keys: what a supervisor and a terminal see. Drain and death: tests/reliability/test_life.py."""
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -17,6 +13,7 @@ import requests
 
 from tests import tiny
 from tests.server.conftest import ask
+from tests.server.test_playground import HTML
 from tests.servers import ServerProcess
 
 
@@ -34,6 +31,7 @@ def test_listens_before_it_is_ready() -> None:
             ready = requests.get(f"{server.base_url}/readyz", timeout=5)
             startup = requests.get(f"{server.base_url}/startupz", timeout=5)
             early = requests.post(f"{server.base_url}/v1/chat/completions", json={"messages": ask("x")}, timeout=5)
+            page = requests.get(server.base_url, headers=HTML, timeout=5)
             models = requests.get(f"{server.base_url}/v1/models", timeout=5)
             server.wait_ready()
             if models.status_code == 200:
@@ -43,6 +41,7 @@ def test_listens_before_it_is_ready() -> None:
             assert ready.json()["error"]["code"] == "server_starting"
             assert startup.json()["state"] == "loading"
             assert startup.json()["elapsed_seconds"] >= 0
+            assert page.text.startswith("<!doctype html>")
             _check_ready(server)
             assert server.terminate() == 0
             return
@@ -60,106 +59,45 @@ def _check_ready(server: ServerProcess) -> None:
     assert "a picture of 1024x1024 takes" in log
 
 
-def test_sglangs_command_line_is_the_same_server() -> None:
-    with ServerProcess(
-        ["--model-path", str(tiny.qwen2_vl()), "--chat-template=qwen2-vl"], module=("sightline.launch_server",)
-    ) as server:
+def test_sglangs_command_line_is_the_same_server_and_leaves_nothing_behind() -> None:
+    # Our own flags are understood too.
+    flags = ["--model-path", str(tiny.qwen2_vl()), "--chat-template=qwen2-vl", "--no-enable-playground"]
+    with ServerProcess(flags, module=("sightline.launch_server",)) as server:
         server.wait_ready()
         body = {"messages": ask("hello"), "max_tokens": 2}
         assert requests.post(f"{server.base_url}/v1/chat/completions", json=body, timeout=30).status_code == 200
-
-
-def test_sigterm_lets_a_stream_finish_and_refuses_new_requests() -> None:
-    with ServerProcess([str(tiny.qwen2_vl())]) as server:
-        server.wait_ready()
-        url = f"{server.base_url}/v1/chat/completions"
-        lines: list[str] = []
-        started = threading.Event()
-
-        def read() -> None:
-            body = {"messages": ask("tell me"), "max_tokens": 300, "ignore_eos": True, "stream": True}
-            with requests.post(url, json=body, stream=True, timeout=60) as response:
-                for line in response.iter_lines(decode_unicode=True):
-                    lines.append(line)
-                    started.set()
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        assert started.wait(30)
-        os.kill(server.pid, signal.SIGTERM)
-        server.wait_for("/readyz", 503, timeout=5)
-        refused = requests.post(url, json={"messages": ask("new"), "max_tokens": 1}, timeout=5)
-        assert refused.status_code == 503
-        assert refused.json()["error"]["code"] == "server_draining"
-        reader.join(60)
-        assert "data: [DONE]" in lines
-        assert '"finish_reason":"length"' in "".join(lines)
-        assert server.wait_exit() == 0
-
-
-def test_keys_guard_everything_but_the_probes() -> None:
-    with ServerProcess([str(tiny.qwen2_vl()), "--api-key", "alpha", "--api-key", "beta"]) as server:
-        server.wait_ready()
-        for path in ("/v1/models", "/server_info", "/model_info", "/health_generate", "/nothing"):
-            response = requests.get(server.base_url + path, timeout=5)
-            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), path
-        for key in ("alpha", "beta"):
-            headers = {"Authorization": f"Bearer {key}"}
-            assert requests.get(f"{server.base_url}/v1/models", headers=headers, timeout=5).status_code == 200
-        for wrong in ("Bearer alph", "Bearer alphaa", "Basic alpha", "alpha", b"Bearer \xff\xfe"):
-            response = requests.get(f"{server.base_url}/v1/models", headers={"Authorization": wrong}, timeout=5)
-            assert response.status_code == 401
-        # The host header must not decide what is open.
-        response = requests.get(f"{server.base_url}/v1/models", headers={"Host": "x/health?y="}, timeout=5)
-        assert response.status_code in (400, 401)
-        for path in ("/livez", "/readyz", "/health", "/startupz", "/ping", "/version"):
-            assert requests.get(server.base_url + path, timeout=5).status_code == 200
-
-
-def test_death_of_the_engine_ends_all_with_an_error() -> None:
-    with ServerProcess([str(tiny.qwen2_vl())]) as server:
-        server.wait_ready()
-        (engine,) = [c for c in psutil.Process(server.pid).children() if "sightline.engine.process" in c.cmdline()]
-        seen: list[str] = []
-
-        def read() -> None:
-            body = {"messages": ask("x"), "max_tokens": 4000, "ignore_eos": True, "stream": True}
-            with requests.post(
-                f"{server.base_url}/v1/chat/completions", json=body, stream=True, timeout=30
-            ) as response:
-                seen.extend(response.iter_lines(decode_unicode=True))
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        time.sleep(0.5)
-        engine.kill()
-        killed = time.monotonic()
-        reader.join(10)
-        assert time.monotonic() - killed < 2.5
-        assert any('"code":"engine_dead"' in line for line in seen)
-        assert "data: [DONE]" not in seen
-        assert server.wait_exit(10) == 7
-
-
-def test_nothing_is_left_behind() -> None:
-    def leftovers() -> set[str]:
-        return {p.name for p in Path("/dev/shm").glob("sightline-*")} if Path("/dev/shm").is_dir() else set()
-
-    before = leftovers()
-    with ServerProcess([str(tiny.qwen2_vl())]) as server:
-        server.wait_ready()
+        assert requests.get(server.base_url, headers=HTML, timeout=5).json()["name"] == "sightline"
+        assert requests.get(f"{server.base_url}/playground/app.js", timeout=5).status_code == 404
         children = psutil.Process(server.pid).children(recursive=True)
+        # What the two processes share is in there.
+        (folder,) = [Path(c.cmdline()[-1]) for c in children if "sightline.engine.process" in c.cmdline()]
+        assert folder.is_dir()
         assert server.terminate() == 0
     assert not any(child.is_running() for child in children)
-    assert leftovers() <= before
+    assert not folder.exists()
 
 
-def test_only_the_http_port_listens() -> None:
-    with ServerProcess([str(tiny.qwen2_vl())]) as server:
-        server.wait_ready()
-        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-        listening = [c.laddr.port for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        assert listening == [server.port]
+def test_keys_guard_everything_but_the_probes(keyed_server: str) -> None:
+    for path in ("/v1/models", "/server_info", "/model_info", "/health_generate", "/nothing"):
+        response = requests.get(keyed_server + path, timeout=5)
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), path
+    for key in ("alpha", "beta"):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert requests.get(f"{keyed_server}/v1/models", headers=headers, timeout=5).status_code == 200
+    for wrong in ("Bearer alph", "Bearer alphaa", "Basic alpha", "alpha", b"Bearer \xff\xfe"):
+        response = requests.get(f"{keyed_server}/v1/models", headers={"Authorization": wrong}, timeout=5)
+        assert response.status_code == 401
+    # The host header must not decide what is open.
+    response = requests.get(f"{keyed_server}/v1/models", headers={"Host": "x/health?y="}, timeout=5)
+    assert response.status_code in (400, 401)
+    for path in ("/livez", "/readyz", "/health", "/startupz", "/ping", "/version"):
+        assert requests.get(keyed_server + path, timeout=5).status_code == 200
+
+
+def test_only_the_http_port_listens(tiny_process: ServerProcess) -> None:
+    family = [psutil.Process(tiny_process.pid), *psutil.Process(tiny_process.pid).children(recursive=True)]
+    listening = [c.laddr.port for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert listening == [tiny_process.port]
 
 
 @pytest.mark.parametrize(

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import requests
 
 from sightline.server import playground
-from tests import tiny
-from tests.servers import ServerProcess
 
 HTML = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 FOLDER = Path(playground.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def locked() -> Iterator[str]:
-    """A server that wants a key."""
-    with ServerProcess([str(tiny.qwen2_vl()), "--api-key", "k", "--served-model-name", "tiny"]) as process:
-        # At once, while the model loads: the page has to show that.
-        process.wait_for("/livez")
-        assert requests.get(process.base_url, headers=HTML, timeout=5).text.startswith("<!doctype html>")
-        process.wait_ready()
-        yield process.base_url
-        assert process.terminate() == 0
-
-
-def test_the_page_is_open_and_strict(locked: str) -> None:
-    page = requests.get(locked, headers=HTML, timeout=5)
+def test_the_page_is_open_and_strict(keyed_server: str) -> None:
+    page = requests.get(keyed_server, headers=HTML, timeout=5)
     assert page.status_code == 200
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     policy = page.headers["content-security-policy"]
@@ -41,18 +25,22 @@ def test_the_page_is_open_and_strict(locked: str) -> None:
     assert page.headers["referrer-policy"] == "no-referrer"
 
 
-def test_everything_that_the_page_names_is_there(locked: str) -> None:
+def test_everything_that_the_page_names_is_there(keyed_server: str) -> None:
     named = set(re.findall(r"""(?:src|href)="(playground/[^"]+)\"""", (FOLDER / "index.html").read_text()))
     for script in FOLDER.glob("*.js"):
         named |= {f"playground/{name}" for name in re.findall(r'from "\./([^"]+)"', script.read_text())}
     named |= {f"playground/samples/{name}" for name in re.findall(r'\["([\w.]+)", ', (FOLDER / "app.js").read_text())}
     assert len(named) >= 14
     for path in named:
-        answer = requests.get(f"{locked}/{path}", timeout=5)
+        answer = requests.get(f"{keyed_server}/{path}", timeout=5)
         assert answer.status_code == 200, path
         assert answer.content
         assert "content-security-policy" in answer.headers
-    assert requests.get(f"{locked}/playground/app.js", timeout=5).headers["content-type"].startswith("text/javascript")
+    assert (
+        requests.get(f"{keyed_server}/playground/app.js", timeout=5)
+        .headers["content-type"]
+        .startswith("text/javascript")
+    )
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_is_inline() -> None:
@@ -65,31 +53,24 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inline() -> None:
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)
 
 
-def test_only_the_page_is_open(locked: str) -> None:
+def test_only_the_page_is_open(keyed_server: str) -> None:
     for path in (
         "/playground/__init__.py",
         "/playground/nothing.js",
         "/playground/samples/../../app.py",
         "/playground/",
     ):
-        answer = requests.get(locked + path, timeout=5)
+        answer = requests.get(keyed_server + path, timeout=5)
         assert answer.status_code == 401, path
-        answer = requests.get(locked + path, headers={"authorization": "Bearer k"}, timeout=5)
+        answer = requests.get(keyed_server + path, headers={"authorization": "Bearer alpha"}, timeout=5)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
-    assert requests.get(f"{locked}/v1/models", timeout=5).status_code == 401
-    assert requests.post(f"{locked}/v1/images/preview", json={"images": []}, timeout=5).status_code == 401
+    assert requests.get(f"{keyed_server}/v1/models", timeout=5).status_code == 401
+    assert requests.post(f"{keyed_server}/v1/images/preview", json={"images": []}, timeout=5).status_code == 401
 
 
-def test_others_get_json(locked: str) -> None:
-    answer = requests.get(locked, timeout=5)
+def test_others_get_json(keyed_server: str) -> None:
+    answer = requests.get(keyed_server, timeout=5)
     assert answer.headers["vary"] == "accept"
     assert answer.json()["name"] == "sightline"
     for path in (answer.json()["docs"], answer.json()["openapi"], answer.json()["ready"]):
-        assert requests.get(locked + path, timeout=5).status_code == 200
-
-
-def test_it_can_be_turned_off() -> None:
-    with ServerProcess([str(tiny.qwen2_vl()), "--no-enable-playground"]) as process:
-        process.wait_ready()
-        assert requests.get(process.base_url, headers=HTML, timeout=5).json()["name"] == "sightline"
-        assert requests.get(f"{process.base_url}/playground/app.js", timeout=5).status_code == 404
+        assert requests.get(keyed_server + path, timeout=5).status_code == 200

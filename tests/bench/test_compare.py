@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,13 @@ def test_both_sides_do_the_same_work(small: Plan) -> None:
         "transformers, one by one",
         "sightline",
         "sightline, the same picture again",
+        "sightline, by a JSON schema",
     }
     assert all(len(s.values) == 2 and min(s.values) > 0 for s in result.samples)
     assert lines[-1] == "round 2 of 2 ..."
     text = describe(result)
     assert "equal greedy answers, token by token: 8 of 8" in text
+    assert re.search(r"a JSON schema costs -?\d+\.\d\d ms a token for one client", text)
     assert "against transformers, one by one  (goal 3)" in text
 
 

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -26,7 +27,7 @@ from sightline.errors import EngineError, RequestError
 from sightline.types import Grammar
 from tests import tiny, tiny_mllama
 
-NUM_SCHEMAS = int(os.environ.get("SIGHTLINE_SCHEMAS", "64"))
+NUM_SCHEMAS = int(os.environ.get("SIGHTLINE_SCHEMAS", "300"))
 ASK = [{"role": "user", "content": "say something"}]
 
 
@@ -181,6 +182,56 @@ def test_the_grammar_ends_the_answer(engine: Engine) -> None:
     assert output.text in ("ab", "abc")
     assert output.outputs[0].finish_reason == "stop"
     assert answer(engine, "regex", "a{0}").text == ""
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|image_pad|>b", "<|im_start|>system"])
+def test_text_that_spells_an_added_token_is_written_with_ordinary_ones(engine: Engine, text: str) -> None:
+    tokenizer = engine.pipeline.tokenizer
+    assert any(name in text for name in tokenizer.added)
+    outputs = [
+        answer(engine, "json_schema", json.dumps({"enum": [text]})),
+        answer(engine, "choice", json.dumps([text])),
+    ]
+    assert [output.text for output in outputs] == [json.dumps(text), text]
+    ids = [i for output in outputs for i in output.outputs[0].token_ids]
+    assert not {t.id for t in tokenizer.added.values()} & set(ids) - set(tokenizer.eos_token_ids)
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "BPE"])
+def test_a_tokenizer_without_spellings_has_the_same_ids(tmp_path: Path, kind: str) -> None:
+    """Also where added tokens stand in the model's own vocabulary, as SentencePiece's do."""
+    words = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
+    added = [{"id": i, "content": words[i], "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False} for i in range(3)]  # fmt: skip
+    model: dict[str, Any] = {
+        "type": "Unigram",
+        "unk_id": 0,
+        "vocab": [[word, -float(i)] for i, word in enumerate(words)],
+    }
+    if kind == "BPE":
+        model = {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "vocab": {w: i for i, w in enumerate(words)},
+            "merges": [["a", "b"]],
+        }
+    spec = {
+        "version": "1.0",
+        "added_tokens": added,
+        "model": model,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "normalizer": None,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, "pre_tokenizer": None, "post_processor": None}))
+    compiler = module.GrammarCompiler(tmp_path, [2], len(words))
+    matcher = compiler.matcher(Grammar("regex", "[ab]{2}"))
+    matcher.compiled.result()
+    matcher.start()
+    for allowed, token_id in (({3, 4, 5}, 5), ({2}, 2)):
+        matcher.fill()
+        bits = np.unpackbits(matcher.mask.view(np.uint8), bitorder="little")[: len(words)]
+        assert set(np.flatnonzero(bits).tolist()) == allowed
+        matcher.accept(token_id)
+    assert matcher.ended
 
 
 def test_a_tokenizer_that_knows_more_than_the_output_head() -> None:

@@ -29,6 +29,12 @@ from sightline.bench.serving import make_picture
 from sightline.bench.sides import Side
 
 QUESTION = "What is in this picture?"
+# Never at its end within an answer of some hundred tokens.
+SCHEMA = (
+    '{"type": "array", "minItems": 1000, "items": {"type": "object", "required": ["name", "x"], "properties": '
+    '{"name": {"type": "string", "maxLength": 12}, "x": {"type": "integer", "minimum": 0, "maximum": 100}}}}'
+)
+_SCHEMA_SIDE = "sightline, by a JSON schema"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,10 +72,14 @@ class Comparison(msgspec.Struct):
     equal_answers: int
     compared_answers: int
 
+    def median(self, side: str, what: str) -> float:
+        """Of one side's samples."""
+        return next(s.median for s in self.samples if s.side == side and s.what == what)
+
     def ratio(self, what: str, ours: str, theirs: str) -> float:
         """How much better `ours` is: above 1 is faster, for times and for rates."""
-        a, b = (next(s for s in self.samples if s.side == side and s.what == what) for side in (ours, theirs))
-        return b.median / a.median if a.unit == "ms" else a.median / b.median
+        a, b = self.median(ours, what), self.median(theirs, what)
+        return b / a if next(s.unit for s in self.samples if s.what == what) == "ms" else a / b
 
 
 def compare(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Comparison:
@@ -80,15 +90,15 @@ def compare(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Compa
     def record(side: str, what: str, unit: str, value: float) -> None:
         samples.setdefault((side, what), Samples(side, what, unit, [])).values.append(value)
 
+    def after_first(side: str, answer: Answer) -> None:
+        assert answer.first is not None
+        rate = (plan.num_tokens - 1) / (answer.total - answer.first)
+        record(side, "tokens/s after the first, one client", "tokens/s", rate)
+
     def single(side: str, answer: Answer) -> None:
         assert answer.first is not None
         record(side, "first token, one client", "ms", 1e3 * answer.first)
-        record(
-            side,
-            "tokens/s after the first, one client",
-            "tokens/s",
-            (plan.num_tokens - 1) / (answer.total - answer.first),
-        )
+        after_first(side, answer)
         record(side, "answer, one client", "ms", 1e3 * answer.total)
 
     with contextlib.ExitStack() as stack:
@@ -123,6 +133,12 @@ def compare(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Compa
                     record("transformers, one by one", what, "tokens/s", rate / (time.perf_counter() - began))
                 else:
                     record("sightline", what, "tokens/s", rate / batch[0].total)
+                    # The pictures are known by now: what differs from the second time without a schema is the grammar.
+                    after_first(_SCHEMA_SIDE, ours.answer(one._replace(schema=SCHEMA), plan.num_tokens))
+                    step = f"a step of {plan.concurrency} known requests"
+                    for side_name, schema in (("sightline", None), (_SCHEMA_SIDE, SCHEMA)):
+                        again = ours.answer_batch([q._replace(schema=schema) for q in many], plan.num_tokens)[0]
+                        record(side_name, step, "ms", 1e3 * again.total / plan.num_tokens)
                 answers[name] = [answer.token_ids, *(a.token_ids for a in batch)]
             pairs = list(zip(answers["transformers"], answers["sightline"], strict=True))
             equal += sum(a == b for a, b in pairs)
@@ -170,6 +186,15 @@ def describe(result: Comparison) -> str:
     ):
         note = f"  ({goal})" if goal else ""
         print(f"  {result.ratio(what, 'sightline', theirs):5.2f} x  {what}, against {theirs}{note}", file=out)
+    single_cost = 1e3 / result.median(_SCHEMA_SIDE, alone := "tokens/s after the first, one client")
+    single_cost -= 1e3 / result.median("sightline", alone)
+    step = f"a step of {plan.concurrency} known requests"
+    batch_cost = result.median(_SCHEMA_SIDE, step) - result.median("sightline", step)
+    print(
+        f"\na JSON schema costs {single_cost:.2f} ms a token for one client, {batch_cost:.2f} ms a step of "
+        f"{plan.concurrency} requests",
+        file=out,
+    )
     print(f"\nequal greedy answers, token by token: {result.equal_answers} of {result.compared_answers}", file=out)
     return out.getvalue()
 

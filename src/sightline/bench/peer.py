@@ -16,10 +16,11 @@ from PIL import Image
 
 
 class Question(NamedTuple):
-    """One picture (encoded bytes) and what is asked about it."""
+    """One picture (encoded bytes) and what is asked about it. schema: JSON schema of the answer; transformers has none."""
 
     picture: bytes
     text: str
+    schema: str | None = None
 
 
 class Answer(NamedTuple):

@@ -17,6 +17,7 @@ import msgspec
 
 from sightline import Engine, SamplingParams
 from sightline.bench.peer import Answer, PeerMissingError, Question, TransformersPeer
+from sightline.types import Grammar
 
 
 class SightlineSide:
@@ -29,23 +30,24 @@ class SightlineSide:
         content = [{"type": "image", "image": question.picture}, {"type": "text", "text": question.text}]
         return [{"role": "user", "content": content}]
 
-    def _sampling(self, num_tokens: int) -> SamplingParams:
-        return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    def _sampling(self, question: Question, num_tokens: int) -> SamplingParams:
+        grammar = Grammar("json_schema", question.schema) if question.schema is not None else None
+        return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, grammar=grammar)
 
     def answer(self, question: Question, num_tokens: int) -> Answer:
         """One request alone, with the time of its first token."""
         began = time.perf_counter()
         first, tokens = None, []
-        for delta in self._engine.stream(self._messages(question), self._sampling(num_tokens)):
+        for delta in self._engine.stream(self._messages(question), self._sampling(question, num_tokens)):
             if first is None and delta.token_ids:
                 first = time.perf_counter() - began
             tokens += delta.token_ids
         return Answer(tokens, first, time.perf_counter() - began)
 
     def answer_batch(self, questions: Sequence[Question], num_tokens: int) -> list[Answer]:
-        """All at once, as they would arrive at a server."""
+        """All at once, as they would arrive at a server; all with the first one's schema."""
         began = time.perf_counter()
-        outputs = self._engine.chat([self._messages(q) for q in questions], self._sampling(num_tokens))
+        outputs = self._engine.chat([self._messages(q) for q in questions], self._sampling(questions[0], num_tokens))
         total = time.perf_counter() - began
         return [Answer(output.outputs[0].token_ids, None, total) for output in outputs]
 

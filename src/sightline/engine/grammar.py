@@ -3,10 +3,14 @@ says which tokens may come next."""
 
 from __future__ import annotations
 
+import json
+import secrets
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -93,8 +97,30 @@ def wait_for_any(matchers: Iterable[Matcher], timeout: float) -> None:
 
 
 def _tokenizer(model_dir: Path, eos_token_ids: Sequence[int], vocab_size: int) -> LLTokenizer:
-    path, eos = str(model_dir / "tokenizer.json"), [i for i in eos_token_ids if i < vocab_size] or None
-    tokenizer = LLTokenizer(path, eos_token=eos)
-    if tokenizer.vocab_size >= vocab_size:
-        return tokenizer
-    return LLTokenizer(path, n_vocab=vocab_size, eos_token=eos)
+    eos = [i for i in eos_token_ids if i < vocab_size] or None
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(_without_spellings(json.loads((model_dir / "tokenizer.json").read_text("utf-8"))), file)
+        file.flush()
+        tokenizer = LLTokenizer(file.name, eos_token=eos)
+        if tokenizer.vocab_size >= vocab_size:
+            return tokenizer
+        return LLTokenizer(file.name, n_vocab=vocab_size, eos_token=eos)
+
+
+def _without_spellings(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json with added tokens that no text spells.
+
+    Text that a grammar forces is tokenised, and would come out as the added token that it spells ("<|im_end|>" in an enum), which
+    then does not match the grammar: llguidance takes no added token for its text. Grammars name them by id.
+    """
+    names = {token["content"]: f"<added {secrets.token_hex(16)}>" for token in tokenizer.get("added_tokens", ())}
+    for token in tokenizer.get("added_tokens", ()):
+        token["content"] = names[token["content"]]
+    model = tokenizer["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): i for text, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    return tokenizer

@@ -17,7 +17,7 @@ import msgspec
 
 from sightline.errors import RequestError
 from sightline.prompt.grammar import WHITESPACE
-from sightline.prompt.tokenizer import Tokenizer
+from sightline.prompt.tokenizer import AddedToken, Tokenizer
 from sightline.types import Grammar, SamplingParams
 
 MAX_TOOLS = 128
@@ -184,12 +184,15 @@ def tool_sampling(sampling: SamplingParams, use: ToolUse, kind: ParserKind, toke
     return msgspec.structs.replace(sampling, grammar=call_grammar(use, kind, tokenizer.added))
 
 
-def call_grammar(use: ToolUse, kind: ParserKind, added_tokens: Collection[str]) -> Grammar:
+def call_grammar(use: ToolUse, kind: ParserKind, added_tokens: Mapping[str, AddedToken]) -> Grammar:
     """One call or several, as llguidance's Lark; arguments follow each tool's schema."""
     markup = MARKUP[kind]
     before, after = ("", "") if markup.bare else (markup.start, markup.end)
-    # What the tokenizer has a token for must be named as that token: its characters would not match it.
-    opening, closing = (tag if tag in added_tokens else json.dumps(tag) if tag else "" for tag in (before, after))
+    # What the tokenizer has a token for must be named as that token, by its id: its characters would not match it.
+    opening, closing = (
+        f"<[{added_tokens[tag].id}]>" if tag in added_tokens else json.dumps(tag) if tag else ""
+        for tag in (before, after)
+    )
     several = use.parallel and not markup.bare
     tools = use.callable()
     lines = [

@@ -23,13 +23,15 @@ RUNTIME := $(VENV)/.ready
 BROWSER := $(VENV)/.ready-browser
 TOOLS   := $(VENV)/.ready-tools
 CLUSTER := $(VENV)/.ready-cluster
+CLIENTS := $(patsubst requirements/clients-%.txt,.venv-clients/%/.ready,$(wildcard requirements/clients-*.txt))
+NODE    := tests/clients/real/node/node_modules/.ready
 PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
 
 # Some containers ask for no bytecode; then every process of a test compiles everything again, pytest's rewritten plugins too.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-browser test-gpu test-operations test-cluster soak check format bench docs lock wheel clean
+.PHONY: help venv serve test test-browser test-gpu test-operations test-cluster test-clients soak check format bench docs lock wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +41,7 @@ serve: $(RUNTIME) ## start the server with the model in the box (MODEL=... for a
 	@exec $(BIN)/sightline serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(TOOLS) ## run every test that needs no GPU and no browser
-	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/cluster --ignore=tests/browser --ignore=tests/operations -n $(WORKERS) --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -q --ignore=tests/gpu --ignore=tests/cluster --ignore=tests/browser --ignore=tests/operations --ignore=tests/clients/real -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-browser: $(BROWSER) ## drive the playground in headless Chromium (installs it where it can)
 	@$(BIN)/python -m pytest -q tests/browser $(ARGS)
@@ -53,6 +55,9 @@ test-operations: $(TOOLS) ## scrape a server with a real Prometheus, try dashboa
 
 test-cluster: $(CLUSTER) ## run the tests of many machines on a local Ray cluster, two to three minutes
 	@$(BIN)/python -m pytest -q -n 0 tests/cluster $(ARGS)
+
+test-clients: $(TOOLS) $(CLIENTS) $(NODE) ## run other people's clients and load tools against a server (installs them, with npm)
+	@$(BIN)/python -m pytest -q -n 0 tests/clients/real $(ARGS)
 
 soak: $(TOOLS) ## run the reliability tests at their full counts (SCALE=0.1 for less), hours; writes docs/reliability.md
 	@RELIABILITY_SCALE=$(SCALE) RELIABILITY_SEED=$(SEED) RELIABILITY_REPORT=.pytest_cache/reliability.json \
@@ -90,7 +95,7 @@ lock: $(TOOLS) ## write requirements/tested.txt from what .venv has now
 	@wc -l requirements/tested.txt
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients tests/clients/real/node/node_modules dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -117,4 +122,16 @@ $(BROWSER): $(TOOLS)
 $(CLUSTER): $(TOOLS)
 	@echo "Installing Ray ..."
 	@$(PIP) --constraint requirements/tested.txt --editable '.[ray]'
+	@touch $@
+
+.venv-clients/%/.ready: requirements/clients-%.txt | $(BIN)/python
+	@echo "Installing $< into .venv-clients/$* ..."
+	@$(PYTHON) -m venv .venv-clients/$*
+	@.venv-clients/$*/bin/pip --disable-pip-version-check install --quiet --no-deps --no-compile --requirement $<
+	@touch $@
+
+$(NODE): tests/clients/real/node/package-lock.json
+	@command -v npm > /dev/null || { echo "npm is missing: install Node.js 20 or newer"; exit 1; }
+	@echo "Installing the clients of Node.js ..."
+	@npm --prefix tests/clients/real/node ci --silent --no-audit --no-fund --ignore-scripts
 	@touch $@

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sightline.bench import main
-from sightline.bench.compare import Comparison, Plan, Samples, compare, describe, questions
+from sightline.bench.compare import Comparison, Plan, Samples, describe, questions
 from sightline.bench.peer import TransformersPeer
 from tests import tiny
 
@@ -34,9 +34,14 @@ def test_the_peer_answers_alike_alone_and_in_a_batch(small: Plan) -> None:
         assert 0 < answer.first < answer.total
 
 
-def test_both_sides_do_the_same_work(small: Plan) -> None:
-    lines: list[str] = []
-    result = compare(small, lines.append)
+def test_both_sides_do_the_same_work(small: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "result.json"
+    flags = ["--num-tokens", "6", "--image-size", "84", "--concurrency", "3", "--rounds", "2", "--json", str(target)]
+    assert main(["compare", "--model", small.model, *flags]) == 0
+    result = msgspec.json.decode(target.read_bytes(), type=Comparison)
+    assert (result.plan.num_tokens, result.plan.image_size) == (6, 84)
+    assert (result.plan.concurrency, result.plan.rounds) == (3, 2)
+    assert {"date", "commit", "cpu", "sightline", "torch", "transformers"} <= set(result.environment)
     assert result.compared_answers == 2 * (1 + 3)
     assert result.equal_answers == result.compared_answers, "greedy answers equal transformers', token by token"
     assert {s.side for s in result.samples} == {
@@ -48,11 +53,12 @@ def test_both_sides_do_the_same_work(small: Plan) -> None:
         "sightline, by a JSON schema",
     }
     assert all(len(s.values) == 2 and min(s.values) > 0 for s in result.samples)
-    assert lines[-1] == "round 2 of 2 ..."
-    text = describe(result)
-    assert "equal greedy answers, token by token: 8 of 8" in text
-    assert re.search(r"a JSON schema costs -?\d+\.\d\d ms a token for one client", text)
-    assert "against transformers, one by one  (goal 3)" in text
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "round 2 of 2 ..."
+    assert describe(result) in printed.out
+    assert "equal greedy answers, token by token: 8 of 8" in printed.out
+    assert re.search(r"a JSON schema costs -?\d+\.\d\d ms a token for one client", printed.out)
+    assert "against transformers, one by one  (goal 3)" in printed.out
 
 
 def test_ratios_say_how_much_faster_we_are() -> None:
@@ -65,13 +71,3 @@ def test_ratios_say_how_much_faster_we_are() -> None:
     result = Comparison(Plan(model=""), {}, samples, 0, 0)
     assert result.ratio("time", "sightline", "transformers") == 2.0
     assert result.ratio("rate", "sightline", "transformers") == 0.25
-
-
-def test_the_command_writes_its_samples(small: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "result.json"
-    flags = ["--num-tokens", "3", "--image-size", "56", "--concurrency", "2", "--rounds", "1", "--json", str(target)]
-    assert main(["compare", "--model", small.model, *flags]) == 0
-    written = json.loads(target.read_text())
-    assert written["plan"]["concurrency"] == 2
-    assert {"date", "commit", "cpu", "sightline", "torch", "transformers"} <= set(written["environment"])
-    assert "sightline against transformers" in capsys.readouterr().out

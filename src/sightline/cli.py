@@ -134,10 +134,17 @@ def _ask(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sightline doctor", description="Check this installation.")
+    parser = argparse.ArgumentParser(
+        prog="sightline doctor",
+        description="Say what this machine has, what fits it, and what is wrong and how to mend it. Exit code 1 when something "
+        "is wrong that serving needs.",
+    )
     parser.add_argument("--selftest", action="store_true", help="ask the bundled model every golden question")
+    parser.add_argument("--json", action="store_true", help="the findings as JSON, without the self-test's table")
     options = parser.parse_args(argv)
     from sightline import doctor
 
-    ok = doctor.report()
+    if options.json and options.selftest:
+        parser.error("--json and --selftest do not go together")
+    ok = doctor.report(options.json)
     return 0 if ok and (not options.selftest or doctor.selftest()) else 1

@@ -7,6 +7,7 @@ The tokenizers know bytes and the releases' special tokens under their ids; ever
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,12 +204,15 @@ def write(kind: str, folder: Path) -> None:
     for name, content in files.items():
         if content:
             (folder / name).write_text(json.dumps(content))
-    _write_tokenizer(folder / "tokenizer.json", release.specials)
+    (folder / "tokenizer.json").write_text(_tokenizer(tuple(release.specials.items())))
 
 
-def _write_tokenizer(path: Path, specials: dict[str, int]) -> None:
+@functools.cache
+def _tokenizer(tokens: tuple[tuple[str, int], ...]) -> str:
+    """A tokenizer.json with these special tokens. Many releases share one."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+    specials = dict(tokens)
     taken = set(specials.values())
     words = iter([*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"word{i}" for i in range(max(taken)))])
     vocab = {next(words): i for i in range(max(taken)) if i not in taken}
@@ -217,4 +221,4 @@ def _write_tokenizer(path: Path, specials: dict[str, int]) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     assert all(tokenizer.token_to_id(token) == i for token, i in specials.items())
-    tokenizer.save(str(path))
+    return tokenizer.to_str()

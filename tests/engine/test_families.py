@@ -13,9 +13,13 @@ from sightline.prompt.pipeline import PromptPipeline
 from tests.gpu.families import FAMILIES, Judge, conversations
 
 ANSWER = 40
+# The authors' layouts of LLaVA are loaded into the same modules: one of them, whose placeholder is another, stands for all.
+FAMILIES_WITH_PICTURES = [
+    name for name, kind in FAMILIES.items() if kind.pictures and ("authors" not in name or name.startswith("LLaVA 1.5"))
+]
 
 
-@pytest.mark.parametrize("family", [name for name, kind in FAMILIES.items() if kind.pictures])
+@pytest.mark.parametrize("family", FAMILIES_WITH_PICTURES)
 def test_retracted_and_right(family: str) -> None:
     talks, folder = conversations(pictures=True), FAMILIES[family].make()
     pipeline = PromptPipeline(folder, allow_local=True)

@@ -175,12 +175,10 @@ def test_skinny_linear(
         expected = skinny_linear_reference(x, weight, swiglu=swiglu, **args)
         torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
         assert torch.equal(skinny_linear(x, weight, swiglu=swiglu, shape=shape, **args), ours)
-    torch.testing.assert_close(
-        skinny_linear(x, weight, swiglu=swiglu),
-        skinny_linear_reference(x, weight, swiglu=swiglu),
-        atol=tolerance,
-        rtol=tolerance,
-    )
+    if splits == 1:
+        # the shape that it chooses itself
+        ours, expected = skinny_linear(x, weight, swiglu=swiglu), skinny_linear_reference(x, weight, swiglu=swiglu)
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

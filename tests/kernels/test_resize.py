@@ -111,8 +111,8 @@ def test_views_of_every_family_are_the_same_bytes(name: str, device: torch.devic
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_the_kernel_makes_the_views_of_every_family(name: str, device: torch.device) -> None:
     processor = family(name)
-    for size in ((61, 40), (30, 57)):
-        check(noise(*size), views_of(processor, size), device)
+    size = (30, 57)
+    check(noise(*size), views_of(processor, size), device)
 
 
 def test_another_pass_order_would_be_seen() -> None:

@@ -95,7 +95,8 @@ def wait_until_idle(url: str) -> None:
 
 @many
 def test_the_deadline_ends_it(path: str, body: dict, url: str) -> None:
-    whole = requests.post(url + path, json={**body, "stream": False}, headers=KEY, timeout=30)
+    sooner = {**KEY, "x-request-timeout": "0.4"}
+    whole = requests.post(url + path, json={**body, "stream": False}, headers=sooner, timeout=30)
     assert (whole.status_code, whole.json()["error"]["code"]) == (504, "request_timeout")
     assert whole.headers["retry-after"]
     wait_until_idle(url)

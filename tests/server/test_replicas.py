@@ -33,15 +33,20 @@ def engines(server: ServerProcess) -> list[psutil.Process]:
     return [c for c in children if "sightline.engine.process" in c.cmdline()]
 
 
+def numbered(i: int, *parts: dict | str) -> list[dict]:
+    """Differs from others in its first words: where these are shared and known decides too, and how busy that engine is then."""
+    return [{"role": "system", "content": f"{i} is your number."}, *ask(*parts)]
+
+
 def encoded(server: ServerProcess, at_once: int) -> int:
     """Ask about six pictures four times each, a few at once; the pictures that had to be encoded."""
     server.wait_ready()
-    parts = [image_part(seed, width=224, height=224) for seed in range(6)]
+    questions = [numbered(i, image_part(i, width=224, height=224), "what?") for i in range(6)]
     with ThreadPoolExecutor(at_once) as pool:
         for turn in range(4):
             # Every turn begins at another picture, so that taking turns sends each to both.
-            order = parts[turn:] + parts[:turn]
-            answers = pool.map(lambda part: chat(server, ask(part, "what?")), order)
+            order = questions[turn:] + questions[:turn]
+            answers = pool.map(lambda question: chat(server, question), order)
             assert [answer.status_code for answer in answers] == [200] * 6
     states = requests.get(f"{server.base_url}/server_info", timeout=5).json()["internal_states"]
     assert len(states) == 2
@@ -65,7 +70,7 @@ def test_one_engine_dies_and_the_other_serves_on() -> None:
         kill = threading.Event()
 
         def one(i: int) -> tuple[int, str]:
-            answer = chat(server, ask(f"number {i}"), max_tokens=8, ignore_eos=True)
+            answer = chat(server, ask(f"number {i}"), max_tokens=4, ignore_eos=True)
             if next(done) == NUM_REQUESTS // 3:
                 kill.set()
             return answer.status_code, str((answer.json().get("error") or {}).get("code"))
@@ -98,7 +103,7 @@ def start_streams(server: ServerProcess, count: int) -> Callable[[], list[tuple[
     begun = threading.Barrier(count + 1)
 
     def read(i: int) -> tuple[str, float]:
-        body = {"messages": ask(f"stream {i}"), "max_tokens": 2500, "ignore_eos": True, "stream": True}
+        body = {"messages": numbered(10 + i, "stream"), "max_tokens": 2500, "ignore_eos": True, "stream": True}
         last = ""
         with requests.post(f"{server.base_url}/v1/chat/completions", json=body, stream=True, timeout=90) as answer:
             for line in answer.iter_lines(decode_unicode=True):

@@ -79,8 +79,10 @@ format: $(TOOLS) ## fix what ruff can fix
 bench: $(TOOLS) ## measure sightline beside transformers generate on this CPU
 	@$(BIN)/python -m sightline.bench.compare $(ARGS)
 
-docs: $(TOOLS) ## write the pages of docs/ that are made from the code
+docs: $(TOOLS) ## write the pages of docs/ that are made from the code, and all of them as a site into site/
 	@$(BIN)/python scripts/write_docs.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "site/index.html is the documentation"
 
 wheel: $(TOOLS) ## build the wheel into dist/
 	@$(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
@@ -95,7 +97,7 @@ lock: $(TOOLS) ## write requirements/tested.txt from what .venv has now
 	@wc -l requirements/tested.txt
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) .venv-clients tests/clients/real/node/node_modules dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients tests/clients/real/node/node_modules dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

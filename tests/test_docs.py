@@ -1,27 +1,52 @@
 """The documentation is true: code blocks run and answer what they promise, links lead somewhere, tables are computed.
 
-Each bash or python block of a page stands right below a comment that says what happens to it here:
+A fenced block that names its language stands right below a comment that says what happens to it here:
 
-    <!-- test: contains "red" -->     run it against a real server; its output must contain the words (in any case)
+    <!-- test: contains "red" -->     bash, python: run against a real server; the output must contain the words (in any case)
+    <!-- test: body of /v1/... -->    json: posted to the server, with a sample picture for `...` in its data URL
+    <!-- test: settings -->           yaml: what `sightline serve --config` reads
     <!-- no test: the reason -->      shown only
+
+json, yaml and toml are parsed in any case. Blocks of `text` or of no language show what a program prints, or a drawing.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import requests
+import yaml
 
+from scripts.write_cli import CLI
 from scripts.write_docs import PAGES as WRITTEN
+from scripts.write_operations import OPERATIONS
+from sightline.config import ServerConfig, declared
+from sightline.demo import sample_path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").glob("*.md")])
 ADDRESS = re.compile(r"(?:localhost|127\.0\.0\.1):8000")
+SHOWN = {"", "text"}
+TYPED = re.compile(r"^(\$ |(curl|pip|python|make|sightline (serve|ask|chat|batch|bench|doctor|models)) )", re.MULTILINE)
+PARSERS: dict[str, Callable[[str], Any]] = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}
+# What the comment above a block may be, by language, beside the reason for no test.
+MARKS = {
+    "bash": r'test: contains ".*',
+    "python": r'test: contains ".*',
+    "json": r"(test: body of /v1/\S+)?",
+    "yaml": r"(test: settings)?",
+    "toml": "",
+}
 
 
 class Block(NamedTuple):
@@ -38,7 +63,7 @@ def blocks() -> list[Block]:
     found = []
     for page in PAGES:
         text = page.read_text()
-        for match in re.finditer(r"^```(bash|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for match in re.finditer(r"^```([\w+-]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             above = text[: match.start()].rstrip("\n").rpartition("\n")[2]
             comment = re.fullmatch(r"<!--\s*(.*?)\s*-->", above)
             found.append(
@@ -54,11 +79,23 @@ def blocks() -> list[Block]:
 
 
 BLOCKS = blocks()
-TESTED = [pytest.param(b, id=f"{b.page}:{b.line}") for b in BLOCKS if b.comment.startswith("test:")]
+
+
+def marked(prefix: str) -> list[Any]:
+    """Parameters: the blocks whose comment begins so."""
+    return [pytest.param(b, id=f"{b.page}:{b.line}") for b in BLOCKS if b.comment.startswith(prefix)]
+
+
+def is_silent(block: Block) -> bool:
+    """Neither tested nor excused."""
+    if block.language in SHOWN:
+        return bool(TYPED.search(block.code))
+    mark = MARKS.get(block.language)
+    return not re.fullmatch(r"no test: \w.*" + (f"|{mark}" if mark is not None else ""), block.comment)
 
 
 def test_every_block_is_tested_or_says_why_not() -> None:
-    silent = [f"{b.page}:{b.line}" for b in BLOCKS if not re.match(r'test: contains "|no test: \w', b.comment)]
+    silent = [f"{b.page}:{b.line}" for b in BLOCKS if is_silent(b)]
     assert not silent, f"put a test comment above these blocks: {silent}"
 
 
@@ -68,7 +105,46 @@ def test_the_readme_opens_with_two_commands() -> None:
     assert commands == ["make serve", "make test"]
 
 
-@pytest.mark.parametrize("block", TESTED)
+def test_no_block_escapes() -> None:
+    """Fences in lists or of tildes would not be found."""
+    for page in PAGES:
+        text = page.read_text()
+        assert not re.search(r"^(?: +```| *~~~|````)", text, re.MULTILINE), page.name
+        found = sum(block.page == page.relative_to(ROOT).as_posix() for block in BLOCKS)
+        assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * found, page.name
+
+
+def test_a_block_that_is_data_can_be_parsed() -> None:
+    data = [block for block in BLOCKS if block.language in PARSERS]
+    assert {block.language for block in data} >= {"json", "yaml"}
+    for block in data:
+        try:
+            assert PARSERS[block.language](block.code)
+        except (ValueError, yaml.YAMLError) as error:
+            pytest.fail(f"{block.page}:{block.line}: {error}")
+
+
+@pytest.mark.parametrize("block", marked("test: body of "))
+def test_a_body_is_answered(block: Block, server: str) -> None:
+    picture = base64.b64encode(sample_path("shapes.png").read_bytes()).decode()
+    body = json.loads(block.code.replace("base64,...", f"base64,{picture}"))
+    answer = requests.post(server + block.comment.removeprefix("test: body of "), json=body, timeout=100)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("block", marked("test: settings"))
+def test_settings_of_a_page_are_read(block: Block, tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(block.code)
+    config = ServerConfig.load(["--config", str(file)], env={})
+    given = yaml.safe_load(block.code)
+    assert given
+    spellings = {flag.lstrip("-"): row[0] for row in declared(ServerConfig) for flag in row[1]}
+    for name, value in given.items():
+        assert getattr(config, spellings[name]) == (tuple(value) if isinstance(value, list) else value), name
+
+
+@pytest.mark.parametrize("block", marked("test: contains "))
 def test_a_block_does_what_it_promises(block: Block, server: str, tmp_path: Path) -> None:
     """From the project's root, with the tests' Python first on the PATH and the shared server as localhost:8000."""
     code = ADDRESS.sub(server.removeprefix("http://"), block.code)
@@ -119,6 +195,34 @@ def test_every_page_can_be_found_from_the_index() -> None:
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
 def test_a_written_page_is_current(page: Path) -> None:
     assert page.read_text() == WRITTEN[page](), "run: make docs"
+
+
+@pytest.mark.parametrize("name", ["tuning.md", "operations.md", "quick-start.md", "scaling.md"])
+def test_a_page_names_flags_and_metrics_that_exist(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text()
+    flag = r"(?<![\w-])--[a-z][\w-]+"
+    prose = re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
+    known = set(re.findall(flag, CLI.read_text())) | {"--config"}
+    assert not [name for name in re.findall(flag, prose) if name not in known]
+    metrics = re.findall(r"`(sightline_\w+)`", page)
+    table = OPERATIONS.read_text()
+    assert not [metric for metric in metrics if f"| `{metric}` |" not in table]
+
+
+def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    """With mkdocs.yml as `make docs` does; strict, so that a dead link ends it."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    names = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"README"} | {"index"}
+    assert names <= {page.stem for page in tmp_path.glob("*.html")}
+    for page in tmp_path.glob("*.html"):
+        text = page.read_text()
+        assert not re.findall(
+            r"<(?:script|img|iframe)[^>]*src=\"?(?:https?:)?//|<link[^>]*href=\"?(?:https?:)?//", text
+        ), page.name
+        # Links out of docs/ were turned into files of the site.
+        assert all((tmp_path / name).exists() for name in re.findall(r"href=\"?(files/[^\"#> ]+)", text)), page.name
 
 
 def test_the_api_page_knows_every_route_and_field() -> None:

@@ -61,7 +61,7 @@ class EngineConfig(BaseModel):
     )
     mem_fraction_static: float | None = setting(
         None,
-        "Part of the device's memory for weights, pictures and K/V; 0.9 on a GPU, 0.5 on a CPU by default.",
+        "Part of the device's memory for weights, pictures and K/V; by default 0.5 on a CPU, and on a GPU all but a step's measured peak and 3 GiB.",
         "gpu-memory-utilization",
         gt=0,
         le=1,

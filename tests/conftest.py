@@ -46,6 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"no CUDA device (torch {torch.__version__})"))
 
 
+def pytest_runtest_setup() -> None:
+    """One thread again: an engine in this process asks for more, and would leave them to all tests that follow."""
+    torch.set_num_threads(1)
+
+
 _log_marks: dict[str, int] = {}
 
 

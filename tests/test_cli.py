@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import time
@@ -39,7 +40,8 @@ def test_http_process_imports_no_torch() -> None:
 
 
 def test_version() -> None:
-    assert run("version").stdout.strip() == f"sightline {sightline.__version__}"
+    text = run("version").stdout.strip()
+    assert text.startswith(f"sightline {sightline.__version__} (Python {platform.python_version()}, torch ")
     assert run("--version").stdout == run("version").stdout
 
 

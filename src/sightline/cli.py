@@ -18,7 +18,7 @@ _USAGE = """usage: sightline COMMAND [flags]
   models [FOLDER]             list what can be served; say what a checkpoint is and whether it fits this machine
   dashboard [--alerts]        print a Grafana dashboard, or alert rules for Prometheus
   doctor [--selftest]         say what this machine has; prove the installation with the bundled model
-  version                     print the version
+  version                     print the version, and those of Python and torch
 
 Each command has its own --help."""
 
@@ -94,9 +94,16 @@ def _dashboard(argv: list[str]) -> int:
 
 
 def _version(argv: list[str]) -> int:
+    import importlib.metadata
+    import platform
+
     import sightline
 
-    print(f"sightline {sightline.__version__}")
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch = "missing"
+    print(f"sightline {sightline.__version__} (Python {platform.python_version()}, torch {torch})")
     return 0
 
 

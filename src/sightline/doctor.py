@@ -3,7 +3,9 @@ installation answers truthfully. What can be known without torch is said before 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -19,7 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 _GIB = 2**30
-_PACKAGES = ("tokenizers", "safetensors", "pillow", "pyzmq", "fastapi", "uvicorn", "msgspec", "llguidance")
+_PACKAGES = (
+    "pydantic", "msgspec", "numpy", "tokenizers", "safetensors", "pillow", "pyzmq", "fastapi", "uvicorn", "httpx2", "llguidance",
+    "prometheus-client",
+)  # fmt: skip
 # Weights of the releases in billions of parameters; what serving needs beside them in GiB: activations, pictures, K/V pages.
 RELEASES = {
     "Qwen2-VL-2B": 2.21,
@@ -49,10 +54,14 @@ class Finding(NamedTuple):
 
 def findings() -> Iterator[Finding]:
     """All of them, the quick ones first."""
-    for check in (_python, _processor, _memory, _shared_memory, _disk, _files, _port, _packages, _hub):
-        yield check()
+    packages = _packages()
+    yield from (_python(), packages, _processor(), _memory(), _shared_memory(), _disk(), _files(), _hub())
     driver, gpus = _driver()
     yield driver
+    # What follows imports our own modules, and they the packages.
+    if packages.verdict == "fail":
+        return
+    yield _address()
     torch = _torch(bool(gpus))
     yield torch
     if torch.verdict != "fail":
@@ -165,18 +174,26 @@ def _files() -> Finding:
     return Finding("open files", f"at most {soft}")
 
 
-def _port() -> Finding:
+def _address() -> Finding:
     from sightline.config import ServerConfig
 
-    config = ServerConfig.load([])
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            fix = "a server runs there already, or give this one another --port"
-            return Finding("address", f"{config.host}:{config.port}: {error.strerror}", "warn", fix)
-    return Finding("address", f"{config.host}:{config.port} is free")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = ServerConfig.load([])
+    except SystemExit:
+        words = said.getvalue().strip().splitlines() or ["a setting cannot be read"]
+        return Finding("settings", words[-1], "fail", "correct it in the environment (SIGHTLINE_...)")
+    host, port = config.host, config.port
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        fix = "a server runs there already, or --host and --port must name an address of this machine"
+        return Finding("address", f"{host}:{port}: {error.strerror}", "warn", fix)
+    return Finding("address", f"{host}:{port} is free")
 
 
 def _packages() -> Finding:
@@ -205,11 +222,11 @@ def _driver() -> tuple[Finding, list[str]]:
     except FileNotFoundError:
         return Finding("driver", "no NVIDIA driver; the model runs on the CPU"), []
     except subprocess.TimeoutExpired:
-        return Finding("driver", "nvidia-smi does not answer", "fail", "the driver hangs: restart the machine"), []
+        return Finding("driver", "nvidia-smi does not answer", "warn", "the driver hangs: restart the machine"), []
     if done.returncode != 0:
         said = (done.stdout or done.stderr).strip().splitlines() or ["no word"]
-        fix = "nvidia-smi must work first: load or reinstall the driver; in a container, start it with --gpus all"
-        return Finding("driver", f"nvidia-smi fails: {said[0]}", "fail", fix), []
+        fix = "the CPU serves; for the GPU nvidia-smi must work: load or reinstall the driver; in a container, start it with --gpus all"
+        return Finding("driver", f"nvidia-smi fails: {said[0]}", "warn", fix), []
     gpus = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     version = gpus[0].rpartition(", ")[2] if gpus else "?"
     return Finding("driver", f"NVIDIA {version}, {len(gpus)} GPU{'s' * (len(gpus) != 1)}"), gpus

@@ -92,6 +92,8 @@ class Person:
     def __init__(self, *command: str, **env: str) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
+            # Whoever runs the tests in the background may have had it ignored, which a process inherits.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ.update(env, TERM="dumb")
             os.execv(sys.executable, [sys.executable, "-m", "sightline", *command])
         self.seen = ""

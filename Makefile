@@ -31,10 +31,10 @@ PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-browser test-gpu test-operations test-cluster test-clients soak check format bench docs lock wheel clean
+.PHONY: help venv serve test test-browser test-gpu test-operations test-cluster test-clients soak check format bench docs screenshots lock wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  Settings: PORT=$(PORT) MODEL=<name or folder> ARGS='<more flags>' PYTHON=$(PYTHON)"
 
 serve: $(RUNTIME) ## start the server with the model in the box (MODEL=... for another)
@@ -89,6 +89,9 @@ wheel: $(TOOLS) ## build the wheel into dist/
 	@ls -l dist
 
 venv: $(TOOLS) ## make .venv with the tested versions of everything
+
+screenshots: $(BROWSER) ## take the pictures of docs/playground.md again
+	@$(BIN)/python -m scripts.write_screenshots
 
 lock: $(TOOLS) ## write requirements/tested.txt from what .venv has now
 	@{ echo "# Versions that the tests ran with: a constraints file for pip, written by 'make lock' from .venv."; \

@@ -68,7 +68,8 @@ async function connect() {
 }
 
 function askKey() {
-  if (getKey()) complain("The server does not accept this key.");
+  $("key-problem").textContent = getKey() ? "The server does not accept this key." : "";
+  $("key-problem").hidden = !getKey();
   $("key-form").hidden = false;
   $("key").focus();
 }
@@ -287,7 +288,7 @@ function samples() {
       composer.focus();
     };
     return make("li", {}, make("button", { type: "button", onclick: use },
-      make("img", { src: url, alt: what, width: 112, height: 112 }), make("span", { textContent: question })));
+      make("img", { src: url, alt: what, width: 320, height: 160 }), make("span", { textContent: question })));
   }));
 }
 

@@ -132,9 +132,23 @@ function draw() {
   const number = pictures(parts).length;
   let count = 0;
   $("parts").replaceChildren(
-    ...parts.map((part, i) => (part.url ? chip(part, i, ++count, number) : area(part, i, number))),
+    ...parts.map((part, i) => (part.url ? chip(part, ++count, number) : area(part, i, number))),
   );
   $("parts").querySelectorAll("textarea").forEach(grow);
+  showMoves();
+}
+
+const moves = (element) => [...element.querySelectorAll(":scope > .quiet")].slice(0, 2);
+
+/** Arrows where there is something to move past. */
+function showMoves() {
+  parts.forEach((part, i) => {
+    if (!part.url) return;
+    const [earlier, later] = moves($("parts").children[i]);
+    earlier.disabled = i === 0;
+    later.disabled = !parts.slice(i + 1).some((other) => other.url || other.text);
+    earlier.hidden = later.hidden = earlier.disabled && later.disabled;
+  });
 }
 
 function area(part, i, number) {
@@ -152,6 +166,7 @@ function area(part, i, number) {
       part.text = event.target.value;
       grow(event.target);
       remember(event);
+      showMoves();
     },
     onfocus: remember,
     onkeyup: remember,
@@ -164,22 +179,19 @@ function area(part, i, number) {
   });
 }
 
-function chip(part, i, nth, number) {
+function chip(part, nth, number) {
   const what = `picture ${nth} of ${number}, ${part.name}`;
   const tokens = make("span", { className: "muted" });
   const element = make(
     "div",
     { className: "chip", role: "group", "aria-label": what },
     make("button", { type: "button", className: "thumb", "aria-label": `What the model sees of ${what}`, onclick: () => look(part) },
-      make("img", { src: part.url, alt: "" })),
+      make("img", { src: part.url, alt: "", onerror: (event) => event.target.replaceWith("!") })),
     make("div", {}, make("span", { className: "name", textContent: part.name }), tokens),
     button("←", () => move(part, -1), `Move ${what} towards the start`),
     button("→", () => move(part, 1), `Move ${what} towards the end`),
     button("×", () => remove(part), `Remove ${what}`),
   );
-  const [earlier, later] = [...element.querySelectorAll(":scope > .quiet")];
-  earlier.disabled = i === 0;
-  later.disabled = !parts.slice(i + 1).some((other) => other.url || other.text);
   if (ready) count(part, tokens, element);
   return element;
 }
@@ -224,8 +236,7 @@ function move(part, step) {
   parts.splice(i, 1);
   parts.splice(i + step, 0, part);
   draw();
-  const moved = $("parts").children[parts.indexOf(part)];
-  const [earlier, later] = [...moved.querySelectorAll(":scope > .quiet")];
+  const [earlier, later] = moves($("parts").children[parts.indexOf(part)]);
   const wanted = step < 0 ? earlier : later;
   (wanted.disabled ? (step < 0 ? later : earlier) : wanted).focus();
   announce(`${part.name} is now part ${parts.indexOf(part) + 1} of ${written().length}`);

@@ -26,26 +26,28 @@ export async function show(part, seen) {
   );
   current = figures;
   $("views").replaceChildren(...figures.map(({ figure }) => figure));
-  draw();
   if (!$("seen").open) $("seen").showModal();
+  draw();
 }
 
 function draw() {
   for (const { view, image, canvas } of current ?? []) {
     const { rows, columns, width, height, unit } = view.cells;
-    // Small pictures are drawn larger, pixel by pixel, so that lines stay thin beside them.
-    const scale = Math.max(1, Math.ceil(640 / view.width));
-    canvas.width = view.width * scale;
+    // As many pixels as the screen shows, so that lines are equally thin; the picture's own are enlarged, not blurred.
+    const room = $("views").clientWidth * devicePixelRatio;
+    const scale = room / view.width;
+    canvas.width = room;
     canvas.height = view.height * scale;
     const context = canvas.getContext("2d");
-    context.imageSmoothingEnabled = false;
+    context.imageSmoothingEnabled = scale < 1;
     context.drawImage(image, 0, 0, canvas.width, canvas.height);
     if (!$("grid").checked) continue;
     const line = (x0, y0, x1, y1) => {
       // Dark beside light: seen on any picture.
+      [x0, y0, x1, y1] = [x0, y0, x1, y1].map(Math.round);
       for (const [colour, offset] of [["rgba(0,0,0,.55)", 0], ["rgba(255,255,255,.8)", 1]]) {
         context.fillStyle = colour;
-        const thick = unit === "tile" ? 2 : 1;
+        const thick = Math.round((unit === "tile" ? 2 : 1) * devicePixelRatio);
         context.fillRect(x0 + (x0 === x1 ? offset * thick : 0), y0 + (y0 === y1 ? offset * thick : 0), Math.max(x1 - x0, thick), Math.max(y1 - y0, thick));
       }
     };

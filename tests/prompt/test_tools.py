@@ -15,11 +15,10 @@ from sightline.errors import RequestError
 from sightline.prompt.grammar import check_grammar, limits, source_text
 from sightline.prompt.named_templates import NAMED_TEMPLATES
 from sightline.prompt.tokenizer import Tokenizer
+from sightline.prompt.tool_parser import CallArguments, CallStart, ToolParser, folded
 from sightline.prompt.tools import (
     MAX_BYTES,
     MAX_TOOLS,
-    ToolCall,
-    ToolParser,
     argument_grammars,
     call_grammar,
     parser_kind,
@@ -39,16 +38,30 @@ def hermes(name: str, **arguments: Any) -> str:
 
 
 def parse(kind: Any, *pieces: str, parallel: bool = True) -> tuple[str, list[tuple[str, Any]]]:
-    """(content, calls) of an answer that comes in these pieces."""
+    """(content, calls) of an answer that comes in these pieces; arguments that are cut off as their text."""
     parser = ToolParser(kind, {"weather", "time"}, parallel=parallel)
     found = [each for piece in pieces for each in parser.feed(piece)] + parser.feed("", final=True)
-    calls = [each for each in found if isinstance(each, ToolCall)]
+    text, calls = folded(found)
     assert [call.index for call in calls] == list(range(len(calls)))
     assert all(call.id.startswith("call_") and len(call.id) == 29 for call in calls)
     assert len({call.id for call in calls}) == len(calls)
     assert all(call.arguments.encode() for call in calls)  # UTF-8 can hold them
-    text = "".join(each for each in found if isinstance(each, str))
-    return text, [(call.name, json.loads(call.arguments)) for call in calls]
+    assert parser.called == (bool(calls) and calls[-1].complete)
+    check_order(found)
+    return text, [(call.name, json.loads(call.arguments) if call.complete else call.arguments) for call in calls]
+
+
+def check_order(found: list) -> None:
+    """Pieces of arguments belong to the newest call, are never empty, and end with the one that says so."""
+    newest, complete = -1, True
+    for piece in found:
+        if isinstance(piece, CallStart):
+            newest, complete = newest + 1, False
+            assert piece.index == newest
+        elif isinstance(piece, CallArguments):
+            assert (piece.index, complete) == (newest, False)
+            assert piece.text
+            complete = piece.complete
 
 
 PARIS = ("weather", {"city": "Paris"})
@@ -70,6 +83,20 @@ CASES: list[tuple[str, str, str, list]] = [
     ("hermes", '<tool_call>{"name": "time"}', "", [("time", {})]),
     ("hermes", '<tool_call>{"name": "time", "arguments": "{\\"a\\": 1}"}</tool_', "", [("time", {"a": 1})]),
     ("hermes", '<tool_call>{"name": "time", "arguments": {"a": "\\ud83d"}}', "", [("time", {"a": "\ud83d"})]),
+    (
+        "hermes",
+        '<tool_call>{"name": "time", "arguments": {"a": "\\ud83d\\ude00"}}',
+        "",
+        [("time", {"a": "\U0001f600"})],
+    ),
+    ("hermes", '<tool_call>{"name":"time" ,"arguments" : {"a": 1} }</tool_call> x', " x", [("time", {"a": 1})]),
+    ("hermes", '<tool_call>{"id": "\\"}", "name": "time", "arguments": {}}', "", [("time", {})]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": {}, "id": {"}": 3}}</tool_call>', "", [("time", {})]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": {}, "id": 3', "", [("time", {})]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": {}</tool_call>' + hermes("time"), "", [("time", {})] * 2),
+    ("hermes", '<tool_call>{"name": "time", "arguments": {} and so on', " and so on", [("time", {})]),
+    ("hermes", f'<tool_call>{{"x": "{"y" * 600}", "name": "time", "arguments": {{}}}}', "", [("time", {})]),
+    ("llama3", '{"type": "function", "name": "weather", "parameters": {"city": "Paris"}}', "", [PARIS]),
     ("llama3", LLAMA, "", [PARIS]),
     ("llama3", " \n" + LLAMA + "\n", "", [PARIS]),
     ("llama3", "<|python_tag|>" + LLAMA, "", [PARIS]),
@@ -78,15 +105,28 @@ CASES: list[tuple[str, str, str, list]] = [
     ("llama3", "It is {not} a call.", "It is {not} a call.", []),
     ("llama3", "See: " + LLAMA, "See: " + LLAMA, []),
 ]
+# A call that is cut off has what came of its arguments.
+for cut in ("{", '{"city": "Par', '{"city": "Paris"', '{"city": "a \\" }', '{"deep": {"x": 1}'):
+    CASES.append(("hermes", f'Yes. <tool_call>{{"name": "weather", "arguments": {cut}', "Yes.", [("weather", cut)]))
+    CASES.append(
+        (
+            "hermes",
+            hermes("time") + f'<tool_call>{{"name": "weather", "arguments": {cut}',
+            "",
+            [("time", {}), ("weather", cut)],
+        )
+    )
+    CASES.append(("llama3", f'{{"name": "weather", "parameters": {cut}', "", [("weather", cut)]))
 # What looks like a call and is none stays text, to the last character.
 for broken in (
     "<tool_call>",
     "<tool_call>\n",
     '<tool_call>\n{"name": "weather", "argum',
-    '<tool_call>{"name": "weather", "arguments": {"city": "Par\\',
+    '<tool_call>{"name": "weather", "arguments": ',
+    '<tool_call>{"name": "weather", "arguments": "{\\"city\\": ',
+    '<tool_call>{"arguments": {"city": "Paris"}, "name": "weat',
     '<tool_call>{"name": "unknown", "arguments": {}}</tool_call> x',
     '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
-    '<tool_call>{"name": "weather", "arguments": {"x": 1e999}}</tool_call>',
     '<tool_call>{"name": ["weather"], "arguments": {}}</tool_call>',
     "<tool_call>{'name': 'weather'}</tool_call>",
     "<tool_call> words </tool_call>",
@@ -120,6 +160,26 @@ def test_a_call_between_two_others_that_is_wrong_stays_text() -> None:
 def test_calls_after_the_first_are_dropped_unless_parallel() -> None:
     text = "a " + hermes("time") + "\n" + hermes("weather", city="Paris")
     assert parse("hermes", *text, parallel=False) == ("a", [("time", {})])
+
+
+@pytest.mark.parametrize(("kind", "head"), [("hermes", "<tool_call>\n"), ("llama3", "")])
+def test_arguments_come_as_they_are_written(kind: Any, head: str) -> None:
+    """Character by character, and exactly as the model writes them."""
+    parser = ToolParser(kind, {"weather"})
+    written = '{"city" :  "\\u0050aris \\" }{ é", "n": [1.0, {}]}'
+    words = "parameters" if kind == "llama3" else "arguments"
+    assert parser.feed(f'{head}{{"name": "weather", "{words}": ') == []
+    start, first = parser.feed("{")
+    assert isinstance(start, CallStart)
+    assert (start.index, start.name, first) == (0, "weather", CallArguments(0, "{", complete=False))
+    assert not parser.called
+    pieces = [parser.feed(character) for character in written[1:]]
+    late = [i for i, each in enumerate(pieces) if not each]
+    assert all(written[1:][i] == "\\" for i in late)  # half of an escape waits for its other half
+    flat = [piece for each in pieces for piece in each]
+    assert "".join(piece.text for piece in flat) == written[1:]
+    assert [piece.complete for piece in flat] == [False] * (len(flat) - 1) + [True]
+    assert parser.called
 
 
 def test_text_is_shown_at_once_up_to_what_may_begin_a_call() -> None:

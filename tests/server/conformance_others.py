@@ -276,12 +276,15 @@ def _(api: Api) -> None:
     assert set(kinds[4:-4]) == {"output_text.delta"}
 
 
-@row(EVENTS, "function_call", WORKS, "item, arguments' delta and done, item done")
+@row(EVENTS, "function_call", WORKS, "item, arguments' deltas and done, item done")
 def _(api: Api) -> None:
     tool = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
     events = api.events(tools=[tool], tool_choice="required", parallel_tool_calls=False, max_output_tokens=60)
     kinds = [event["type"].removeprefix("response.") for event in events[2:]]
-    arguments = ["function_call_arguments.delta", "function_call_arguments.done"]
+    deltas = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
+    assert len(deltas) > 1
+    assert "".join(deltas) == events[-3]["arguments"]
+    arguments = [*["function_call_arguments.delta"] * len(deltas), "function_call_arguments.done"]
     assert kinds == ["output_item.added", *arguments, "output_item.done", "completed"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -58,19 +59,22 @@ def test_a_call_that_must_come_and_the_same_streamed(client: OpenAI, seed: int) 
     events = list(client.responses.create(**given, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type.removeprefix("response.") for event in events]
+    deltas = [event for event in events if event.type == "response.function_call_arguments.delta"]
+    assert len(deltas) > 1
     assert kinds == [
         "created",
         "in_progress",
         "output_item.added",
-        "function_call_arguments.delta",
+        *["function_call_arguments.delta"] * len(deltas),
         "function_call_arguments.done",
         "output_item.done",
         "completed",
     ]
-    opened, done = events[2].item, events[5].item
+    opened, done = events[2].item, events[-2].item
     assert (opened.name, opened.arguments, opened.call_id) == (call.name, "", done.call_id)
     assert (done.name, done.arguments) == (call.name, call.arguments)
-    assert events[3].item_id == events[4].item_id == opened.id == done.id
+    assert "".join(event.delta for event in deltas) == events[-3].arguments == call.arguments
+    assert {event.item_id for event in (*deltas, events[-3])} == {opened.id} == {done.id}
     assert events[-1].response.output[0] == done
 
 
@@ -85,9 +89,32 @@ def test_several_calls_are_several_items(client: OpenAI) -> None:
     pytest.fail("never two calls")
 
 
+def test_a_call_that_is_cut_off_is_incomplete(client: OpenAI) -> None:
+    """Its item has what came of the arguments, streamed and not."""
+    name = "x" * 60
+    schema = {"type": "object", "properties": {name: {"enum": ["y" * 60]}}, "required": [name]}
+    given = {**FORCED, "tools": [{**TIME, "parameters": {**schema, "additionalProperties": False}}]}
+    given |= {"max_output_tokens": 100, "temperature": 0}
+    whole = client.responses.create(**given)
+    events = list(client.responses.create(**given, stream=True))
+    for answer in (whole, events[-1].response):
+        assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+        (call,) = answer.output
+        assert (call.type, call.name, call.status) == ("function_call", "time", "incomplete")
+        assert call.arguments == whole.output[0].arguments
+        assert re.match(r'\{\s*"xxx', call.arguments)
+        with pytest.raises(ValueError, match=r"."):
+            json.loads(call.arguments)
+    assert [e.type.removeprefix("response.") for e in events[-3:]] == [
+        "function_call_arguments.done",
+        "output_item.done",
+        "incomplete",
+    ]
+
+
 def test_a_named_and_an_allowed_tool(client: OpenAI) -> None:
     named = client.responses.create(**{**FORCED, "tool_choice": {"type": "function", "name": "time"}})
-    assert [(item.name, item.arguments) for item in named.output] == [("time", "{}")]
+    assert [(item.name, json.loads(item.arguments)) for item in named.output] == [("time", {})]
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
     answer = client.responses.create(**{**FORCED, "tool_choice": allowed})
     assert {item.name for item in answer.output} == {"weather"}

@@ -172,12 +172,43 @@ def test_a_call_that_the_model_chose_to_write(client: OpenAI, stream: bool) -> N
     assert (content, name, arguments, reason) == ("Let me see.", "weather", '{"city": "Rome"}', "tool_calls")
 
 
-def test_a_call_that_is_cut_off_is_text(client: OpenAI) -> None:
+def test_a_call_that_is_cut_off(client: OpenAI) -> None:
+    """Before its arguments it is text; then it is a call with what came of them, as OpenAI has it."""
     choice = {"type": "function", "function": {"name": "weather"}}
     answer = client.chat.completions.create(**FORCED, tool_choice=choice, max_tokens=14).choices[0]
     assert answer.finish_reason == "length"
     assert answer.message.tool_calls is None
     assert answer.message.content.startswith("<tool_call>")
+    given = {**FORCED, "tool_choice": choice, "temperature": 0}
+    whole = client.chat.completions.create(**given, max_tokens=400)
+    given["max_tokens"] = whole.usage.completion_tokens - len("</tool_call>") - 6
+    cut = client.chat.completions.create(**given).choices[0]
+    assert (cut.finish_reason, cut.message.content) == ("length", None)
+    (call,), (complete,) = cut.message.tool_calls, whole.choices[0].message.tool_calls
+    assert 0 < len(call.function.arguments) < len(complete.function.arguments)
+    assert complete.function.arguments.startswith(call.function.arguments)
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**given, stream=True)]
+    pieces = [each.function.arguments for chunk in chunks for each in chunk.delta.tool_calls or ()]
+    assert "".join(pieces) == call.function.arguments
+    assert chunks[-1].finish_reason == "length"
+
+
+def test_several_calls_streamed(client: OpenAI) -> None:
+    """Each delta names its call; OpenAI's own fold of them is what was written."""
+    call = r'<tool_call>\n\{"name": "weather", "arguments": \{"city": "CITY"\}\}\n</tool_call>\n?'
+    words = "".join(call.replace("CITY", city) for city in ("Rome", "Paris"))
+    given = {**FORCED, "max_tokens": 400, "extra_body": {"regex": words}}
+    with client.chat.completions.stream(**given) as stream:
+        events = list(stream)
+        message = stream.get_final_completion().choices[0].message
+    assert [call.function.arguments for call in message.tool_calls] == ['{"city": "Rome"}', '{"city": "Paris"}']
+    deltas = [each for e in events if e.type == "chunk" for each in e.chunk.choices[0].delta.tool_calls or ()]
+    assert [d.index for d in deltas] == sorted(d.index for d in deltas)
+    for index in (0, 1):
+        first, *rest = (d for d in deltas if d.index == index)
+        assert (first.type, first.function.name, first.function.arguments) == ("function", "weather", "")
+        assert len(rest) > 2
+        assert all((d.id, d.type, d.function.name) == (None, None, None) for d in rest)
 
 
 def test_what_cannot_be_forced_is_a_400(client: OpenAI) -> None:

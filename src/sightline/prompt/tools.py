@@ -1,4 +1,4 @@
-"""Tools: what a request may declare, and the calls in an answer's text.
+"""Tools: what a request may declare, and the grammar of calls that must come. `tool_parser` finds the calls in an answer.
 
 Two ways of writing a call are known. `hermes` (Qwen): `<tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call>`.
 `llama3`: an answer that is `{"name": ..., "parameters": ...}`, or that has it behind `<|python_tag|>`.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import uuid
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -23,7 +21,6 @@ from sightline.types import Grammar, SamplingParams
 MAX_TOOLS = 128
 MAX_BYTES = 64 * 1024
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_HALF = re.compile(r"[\ud800-\udfff]")
 
 ParserKind = Literal["hermes", "llama3"]
 
@@ -212,163 +209,3 @@ def call_grammar(use: ToolUse, kind: ParserKind, added_tokens: Mapping[str, Adde
 
 def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", **(tool["function"].get("parameters") or _NO_PARAMETERS)}
-
-
-# -- calls in an answer ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """One complete call. arguments: the text of a JSON object."""
-
-    index: int
-    id: str
-    name: str
-    arguments: str
-
-
-class ToolParser:
-    """Splits one answer's text, as it comes, into what the user may read and calls.
-
-    A call is given out when it is complete and valid: a known name, arguments that are a JSON object. Anything else that
-    looked like one is text. White space around calls is dropped. Without `parallel`, calls after the first are dropped.
-    The result does not depend on how the text was cut.
-    """
-
-    def __init__(self, kind: ParserKind, names: Collection[str], *, parallel: bool = True) -> None:
-        self._markup = MARKUP[kind]
-        self._names = names
-        self._parallel = parallel
-        self._text = ""
-        self._may_be_bare = self._markup.bare
-        self._behind_call = False
-        self._object: _ObjectScanner | None = None
-        self.num_calls = 0
-
-    def feed(self, text: str, *, final: bool = False) -> list[str | ToolCall]:
-        """Text and calls that are certain now; `final` ends the answer."""
-        self._text += text
-        found: list[str | ToolCall] = []
-        while (piece := self._in_call() if self._object else self._outside(final)) is not None:
-            if piece:
-                found.append(piece)
-        if final and self._text:
-            found.append(self._text)
-            self._text = ""
-        return _joined(found)
-
-    def _outside(self, final: bool) -> str | None:
-        """One step outside of calls: text to show (may be empty), or None when more must come first."""
-        start, end, text = self._markup.start, self._markup.end, self._text
-        bare = text.lstrip()
-        if self._behind_call:
-            if bare.startswith(end):
-                self._text = bare[len(end) :]
-                self._behind_call = False
-                return ""
-            if end.startswith(bare):
-                self._text = "" if final else text
-                return None
-            self._behind_call = False
-        if self._may_be_bare and bare:
-            if bare[0] == "{":
-                self._object = _ObjectScanner(len(text) - len(bare))
-                return ""
-            self._may_be_bare = False
-        at = text.find(start)
-        if at >= 0:
-            if shown := text[:at].rstrip():
-                self._text = text[len(shown) :]
-                return shown
-            after = text[at + len(start) :].lstrip()
-            if not after:
-                return None
-            if after[0] == "{":
-                self._object = _ObjectScanner(len(text) - len(after))
-                return ""
-            self._text = text[at + len(start) :]
-            return text[: at + len(start)]
-        keep = _overlap(text, start)
-        shown = text[: len(text) - keep].rstrip()
-        self._text = text[len(shown) :]
-        if final and self.num_calls and not self._text.strip():
-            self._text = ""
-        return shown or None
-
-    def _in_call(self) -> str | ToolCall | None:
-        """A call or text when the object has ended, else None."""
-        assert self._object is not None
-        end = self._object.end(self._text)
-        if end is None:
-            return None
-        call = self._call(self._text[self._object.start : end])
-        shown = "" if call else self._text[:end]
-        self._text, self._object = self._text[end:], None
-        self._behind_call = call is not None
-        self._may_be_bare = self._markup.bare and self._behind_call
-        if call is None:
-            return shown
-        self.num_calls += 1
-        return call if self.num_calls == 1 or self._parallel else ""
-
-    def _call(self, text: str) -> ToolCall | None:
-        try:
-            value = json.loads(text)
-            arguments = value.get("arguments", value.get("parameters", {}))
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
-            if value.get("name") not in self._names or not isinstance(arguments, Mapping):
-                return None
-            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-            if _HALF.search(written):
-                written = json.dumps(arguments)  # UTF-8 has no halves of pairs
-        except (ValueError, TypeError, RecursionError):
-            return None
-        return ToolCall(self.num_calls, f"call_{uuid.uuid4().hex[:24]}", value["name"], written)
-
-
-class _ObjectScanner:
-    """Finds the end of the JSON object that begins at `start` of a text that grows; each character is read once."""
-
-    _STRUCTURE = re.compile(r'["{}]')
-    _STRING = re.compile(r'["\\]')
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self._position = start
-        self._depth = 0
-        self._in_string = False
-
-    def end(self, text: str) -> int | None:
-        """The index behind the object, or None when it is not complete."""
-        while match := (self._STRING if self._in_string else self._STRUCTURE).search(text, self._position):
-            character, self._position = match.group(), match.end()
-            if character == "\\":
-                if self._position == len(text):
-                    self._position -= 1
-                    return None
-                self._position += 1
-            elif character == '"':
-                self._in_string = not self._in_string
-            else:
-                self._depth += 1 if character == "{" else -1
-                if self._depth == 0:
-                    return self._position
-        self._position = len(text)
-        return None
-
-
-def _overlap(text: str, start: str) -> int:
-    """Length of the longest end of `text` with which `start` begins."""
-    return next((size for size in range(min(len(start) - 1, len(text)), 0, -1) if start.startswith(text[-size:])), 0)
-
-
-def _joined(found: list[str | ToolCall]) -> list[str | ToolCall]:
-    """With neighbouring texts as one."""
-    joined: list[str | ToolCall] = []
-    for piece in found:
-        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += piece
-        else:
-            joined.append(piece)
-    return joined

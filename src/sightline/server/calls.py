@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sightline.prompt.tools import ToolParser, ToolUse, argument_grammars, parser_kind, tool_sampling
+from sightline.prompt.tool_parser import ToolParser
+from sightline.prompt.tools import ToolUse, argument_grammars, parser_kind, tool_sampling
 from sightline.server.lifecycle import Lifecycle
 from sightline.types import Grammar, SamplingParams
 

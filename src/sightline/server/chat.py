@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
 from sightline.prompt.pipeline import Prompt
 from sightline.prompt.processor import PixelLimits
-from sightline.prompt.tools import ToolCall
+from sightline.prompt.tool_parser import CallStart, Piece, folded
 from sightline.server.calls import prepare_calls
 from sightline.server.exchange import Exchange, check_model, logprob_entries
 from sightline.server.lifecycle import Lifecycle
@@ -74,9 +73,8 @@ class _Chat(Exchange):
 
     def _choice(self, output: CompletionOutput) -> dict[str, Any]:
         logprobs = {"content": logprob_entries(self.tokenizer, output.logprobs), "refusal": None}
-        pieces = self._pieces(output.index, output.text, final=True)
-        calls = [_call(piece) for piece in pieces if isinstance(piece, ToolCall)]
-        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        content, found = folded(self._pieces(output.index, output.text, final=True))
+        calls = [_call(call.id, call.name, call.arguments) for call in found]
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
         return {
             "index": output.index,
@@ -86,12 +84,12 @@ class _Chat(Exchange):
             "stop_reason": output.stop_reason,
         }
 
-    def _pieces(self, index: int, text: str, final: bool) -> list[str | ToolCall]:
+    def _pieces(self, index: int, text: str, final: bool) -> list[Piece]:
         """New text of a choice as what its reader sees: text and calls."""
         return self.parsers[index].feed(text, final=final) if self.parsers else [text] if text else []
 
     def _finish_reason(self, index: int, reason: FinishReason | None) -> FinishReason | None:
-        called = self.parsers and self.parsers[index].num_calls
+        called = self.parsers and self.parsers[index].called
         return FinishReason.TOOL_CALLS if called and reason is FinishReason.STOP else reason
 
     async def events(self) -> AsyncGenerator[dict[str, Any] | None]:
@@ -126,18 +124,18 @@ class _Chat(Exchange):
         yield None
 
     def _message_deltas(self, delta: OutputDelta) -> Iterator[dict[str, Any]]:
-        """What a delta adds to the message: text, or a call's name and then its arguments."""
+        """What a delta adds to the message: text, a call's name, or a piece of its arguments."""
         for piece in self._pieces(delta.index, delta.text, final=delta.finish_reason is not None):
             if isinstance(piece, str):
                 yield {"content": piece}
+            elif isinstance(piece, CallStart):
+                yield {"tool_calls": [{"index": piece.index, **_call(piece.id, piece.name, "")}]}
             else:
-                opening = _call(replace(piece, arguments=""))
-                yield {"tool_calls": [{"index": piece.index, **opening}]}
-                yield {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]}
+                yield {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _choice(

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sightline.errors import RequestError
-from sightline.prompt.tools import ToolCall, ToolUse, read_tools
+from sightline.prompt.tool_parser import CallArguments, CallStart
+from sightline.prompt.tools import ToolUse, read_tools
 from sightline.server.schema import check_message
 
 Json = dict[str, Any]
@@ -130,11 +131,18 @@ class Output:
         self._text = ""
         self._logprobs: list[Json] = []
         self._message: Json | None = None
+        self._call: Json | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing has begun."""
+        return not self.items and self._message is None and self._call is None
 
     def open_message(self) -> Iterator[Json]:
         """A message begins, unless one is open."""
         if self._message is not None:
             return
+        yield from self.close("completed")
         self._text, self._logprobs = "", []
         self._message = {
             "id": f"msg_{uuid.uuid4().hex}",
@@ -153,20 +161,33 @@ class Output:
         self._logprobs += logprobs
         yield self._in_part("output_text.delta", delta=text, logprobs=logprobs)
 
-    def call(self, call: ToolCall) -> Iterator[Json]:
-        """A whole call; a message that is open ends before it."""
-        yield from self.close("completed")
-        item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call.id, "name": call.name}
-        yield self._event("output_item.added", item={**item, "arguments": "", "status": "in_progress"})
-        place = {"item_id": item["id"]}
-        yield self._event("function_call_arguments.delta", **place, delta=call.arguments)
-        yield self._event("function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
-        item |= {"arguments": call.arguments, "status": "completed"}
-        yield self._event("output_item.done", item=item)
-        self.items.append(item)
+    def call(self, piece: CallStart | CallArguments) -> Iterator[Json]:
+        """A call begins, and a message that is open ends before it; or more of its arguments."""
+        if isinstance(piece, CallStart):
+            yield from self.close("completed")
+            call = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": piece.id, "name": piece.name}
+            self._call = {**call, "arguments": "", "status": "in_progress"}
+            yield self._event("output_item.added", item={**self._call})
+            return
+        assert self._call is not None
+        self._call["arguments"] += piece.text
+        yield self._event("function_call_arguments.delta", item_id=self._call["id"], delta=piece.text)
+        if piece.complete:
+            yield from self._close_call("completed")
+
+    def _close_call(self, status: str) -> Iterator[Json]:
+        call, self._call = self._call, None
+        if call is None:
+            return
+        call["status"] = status
+        named = {"name": call["name"], "arguments": call["arguments"]}
+        yield self._event("function_call_arguments.done", item_id=call["id"], **named)
+        yield self._event("output_item.done", item=call)
+        self.items.append(call)
 
     def close(self, status: str) -> Iterator[Json]:
-        """End the message that is open, if one is."""
+        """End the message or the call that is open, if one is."""
+        yield from self._close_call(status)
         if self._message is None:
             return
         part = text_part(self._text, self._logprobs)

@@ -15,7 +15,8 @@ from starlette.responses import JSONResponse, Response
 from sightline.engine.output import RequestOutput
 from sightline.errors import NotFoundError, OverloadedError, RequestError
 from sightline.prompt.pipeline import Prompt
-from sightline.prompt.tools import ToolCall, ToolUse
+from sightline.prompt.tool_parser import Piece
+from sightline.prompt.tools import ToolUse
 from sightline.server.admission import note
 from sightline.server.calls import prepare_calls
 from sightline.server.errors import error_body
@@ -200,6 +201,7 @@ class _Response(Exchange):
         self.request = body
         self.output = Output()
         self._numbers = itertools.count()
+        self._logprobs: list[dict[str, Any]] = []
 
     def grammars(self) -> list[Grammar]:
         """The arguments' schemas one by one, then what is made of them."""
@@ -303,19 +305,19 @@ class _Response(Exchange):
     def _grow(
         self, text: str, logprobs: Sequence[TokenLogprob], *, final: bool, reason: FinishReason | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Events of new text; logprobs go with the first text that it shows."""
-        entries = logprob_entries(self.tokenizer, logprobs)
-        pieces: list[str | ToolCall] = [text]
+        """Events of new text; logprobs go with the next text that is shown, and calls have no place for theirs."""
+        self._logprobs += logprob_entries(self.tokenizer, logprobs)
+        pieces: list[Piece] = [text]
         if self.parsers:
             pieces = self.parsers[0].feed(text, final=final)
         for piece in pieces:
-            if isinstance(piece, ToolCall):
+            if not isinstance(piece, str):
                 yield from self.output.call(piece)
-            elif piece or entries:
-                yield from self.output.text(piece, entries)
-                entries = []
+            elif piece or self._logprobs:
+                yield from self.output.text(piece, self._logprobs)
+            self._logprobs = []
         if final:
-            if not self.output.items:
+            if self.output.is_empty:
                 yield from self.output.open_message()
             yield from self.output.close("incomplete" if reason == FinishReason.LENGTH else "completed")
 

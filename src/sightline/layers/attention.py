@@ -5,14 +5,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sightline.attention.backend import ForwardContext
-from sightline.layers.linear import Linear, MergedLinear
+from sightline.layers.linear import MergedLinear, RowLinear
 from sightline.layers.norm import RMSNorm
 from sightline.layers.normed import normed_linear
 from sightline.layers.rotary import Rotary, apply_rotary
+from sightline.parallel import SOLO, Group
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) of decoder layer `layer`."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) of decoder layer `layer`; each rank has a share of the
+    query heads, and the key heads that these read."""
 
     def __init__(
         self,
@@ -24,18 +26,19 @@ class DecoderAttention(nn.Module):
         head_dim: int,
         qkv_bias: bool,
         output_bias: bool = False,
+        group: Group = SOLO,
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.num_heads = num_heads
+        heads, kv_heads = group.shard(num_heads), group.kv_shard(num_kv_heads)
+        self.num_heads = heads.width
         self.head_dim = head_dim
-        self.num_qk_heads = num_heads + num_kv_heads
-        self.num_kv_heads = num_kv_heads
+        self.num_qk_heads = heads.width + kv_heads.width
+        self.num_kv_heads = kv_heads.width
         self.v_start = self.num_qk_heads * head_dim
-        kv_width = num_kv_heads * head_dim
-        parts = {"q_proj": num_heads * head_dim, "k_proj": kv_width, "v_proj": kv_width}
-        self.qkv_proj = MergedLinear(hidden_size, parts, bias=qkv_bias)
-        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias)
+        queries, keys = heads.times(head_dim), kv_heads.times(head_dim)
+        self.qkv_proj = MergedLinear(hidden_size, {"q_proj": queries, "k_proj": keys, "v_proj": keys}, bias=qkv_bias)
+        self.o_proj = RowLinear(queries, hidden_size, bias=output_bias, group=group)
 
     def forward(
         self, hidden: Tensor, norm: RMSNorm, rotary: Rotary, ctx: ForwardContext, rows: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are laid out for small batches, and merged ones that load from separate tensors."""
+"""Linear layers whose weights are laid out for small batches, merged ones that load from separate tensors, and shares of both."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sightline.layers.parameter import Slot
+from sightline.parallel import SOLO, Group, Shard
 
 
 def new_weight(out_features: int, in_features: int) -> nn.Parameter:
@@ -84,23 +85,51 @@ class Linear(nn.Module):
 
 
 class MergedLinear(Linear):
-    """Several linear layers of one input as one product.
+    """Several linear layers of one input as one product, or a rank's share of each (column-parallel: of their outputs).
 
-    parts: sibling name in the checkpoint -> its output width, e.g. {"gate_proj": I, "up_proj": I}; the outputs lie side by
-    side in that order.
+    parts: sibling name in the checkpoint -> its output width, e.g. {"gate_proj": I, "up_proj": I}, or the share of it that is
+    held; the outputs lie side by side in that order.
     """
 
-    def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool = False) -> None:
-        super().__init__(in_features, sum(parts.values()), bias)
-        self.parts = dict(parts)
+    def __init__(self, in_features: int, parts: Mapping[str, int | Shard], bias: bool = False) -> None:
+        self.parts = {name: Shard.whole(p) if isinstance(p, int) else p for name, p in parts.items()}
+        super().__init__(in_features, sum(part.width for part in self.parts.values()), bias)
 
     def slots(self, name: str) -> Iterator[tuple[str, Slot]]:
         """`layers.0.mlp.gate_up_proj` yields `layers.0.mlp.gate_proj.weight` and so on."""
         parent = name.rpartition(".")[0]
         prefix = f"{parent}." if parent else ""
         start = 0
-        for part, width in self.parts.items():
-            yield f"{prefix}{part}.weight", Slot(self.weight.data[start : start + width])
+        for part, shard in self.parts.items():
+            end = start + shard.width
+            yield f"{prefix}{part}.weight", Slot.of_shard(self.weight.data[start:end], shard)
             if self.bias is not None:
-                yield f"{prefix}{part}.bias", Slot(self.bias.data[start : start + width])
-            start += width
+                yield f"{prefix}{part}.bias", Slot.of_shard(self.bias.data[start:end], shard)
+            start = end
+
+
+class RowLinear(Linear):
+    """A linear layer of which each rank holds a share of the inputs: the products are summed over ranks.
+
+    Rank 0 adds what is added once, bias and residual.
+    """
+
+    def __init__(self, inputs: Shard, out_features: int, bias: bool = False, group: Group = SOLO) -> None:
+        super().__init__(inputs.width, out_features, bias)
+        self.inputs = inputs
+        self.group = group
+
+    def slots(self, name: str) -> Iterator[tuple[str, Slot]]:
+        """The share's columns, and the whole bias."""
+        yield f"{name}.weight", Slot.of_shard(self.weight.data, self.inputs, dim=1)
+        if self.bias is not None:
+            yield f"{name}.bias", Slot(self.bias.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs.width] -> [..., out_features]."""
+        return self.group.all_reduce(linear(x, self.weight, self.bias if self.group.rank == 0 else None))
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """See `Linear.add_to`."""
+        out = super().add_to(residual, x) if self.group.rank == 0 else linear(x, self.weight)
+        return self.group.all_reduce(out)

@@ -7,17 +7,31 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from sightline.parallel import Shard
+
 
 class Slot(NamedTuple):
     """Where one checkpoint tensor goes.
 
     target: the parameter or a view of a part of it. convert: turns the checkpoint's tensor into the target's shape
-    (None: same shape). checkpoint_shape: what the checkpoint must hold when `convert` is given.
+    (None: same shape). checkpoint_shape: what the checkpoint must hold when that is not the target's shape. part: what is read
+    of the checkpoint's tensor; None for all.
     """
 
     target: Tensor
     convert: Callable[[Tensor], Tensor] | None = None
     checkpoint_shape: tuple[int, ...] | None = None
+    part: tuple[slice, ...] | None = None
+
+    @classmethod
+    def of_shard(cls, target: Tensor, shard: Shard, dim: int = 0) -> Slot:
+        """target holds `shard` of the checkpoint's dimension `dim`, with the padding last."""
+        assert target.shape[dim] == shard.width
+        if shard == Shard.whole(shard.width):
+            return cls(target)
+        shape = (*target.shape[:dim], shard.total, *target.shape[dim + 1 :])
+        part = slice(shard.start, shard.start + shard.length)
+        return cls(target.narrow(dim, 0, shard.length), None, shape, (*[slice(None)] * dim, part))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -27,7 +41,7 @@ class Slot(NamedTuple):
 
 @runtime_checkable
 class CustomSlots(Protocol):
-    """A module whose parameters differ from the checkpoint's tensors (merged or folded ones)."""
+    """A module whose parameters differ from the checkpoint's tensors (merged, folded or sharded ones)."""
 
     def slots(self, name: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint names and slots of all its parameters; `name` is the module's own full name."""

@@ -7,12 +7,14 @@ A model class `M(nn.Module)` named in `registry.py` provides:
                                              key that matters raises `CheckpointError` naming the key. It has the decoder's
                                              vocab_size, hidden_size, intermediate_size, num_attention_heads and
                                              max_position_embeddings
-    M(config)                                builds on the current default device and dtype; no weights yet
+                                             and group_sizes, over how many ranks it can be split
+    M(config, group)                         builds on the current default device and dtype, no weights yet; what this rank of
+                                             the group holds, by default all. Every rank calls the methods below alike
     map_name(name) -> str | None             checkpoint tensor name (any released layout) -> name of its slot, None to skip;
                                              slots are parameters, but merged parameters (qkv_proj, gate_up_proj) have one
                                              for each tensor that the checkpoint holds, see `layers.parameter`
     uses_mrope: bool                         whether `forward` wants positions [3, T] (multimodal rotary) or [T]
-    kv_spec -> KVSpec                        what the engine allocates per token
+    kv_spec -> KVSpec                        what the engine allocates per token, for this rank's heads
     encode_images(pixels, grids) -> [Tensor] pixels: list of uint8 [H, W, 3] on the device; grids: list of (t, h, w);
                                              returns one [num_tokens, hidden] tensor for each picture
     static_encoder: bool                     whether `encode_images` does nothing on the host but launch, the same for equal
@@ -27,7 +29,7 @@ A model class `M(nn.Module)` named in `registry.py` provides:
 Text-only models lack `encode_images`. A model whose pictures stand beside the text instead of in it also has
 
     cross_attention = True                   then `encode_images` returns [layers, 2, features, num_kv_heads, head_dim], keys
-                                             and values; `embed` gets no image_rows; `forward` finds in `ctx.cross` which
+                                             and values of this rank's heads; `embed` gets no image_rows; `forward` finds in `ctx.cross` which
                                              rows see which pictures
     num_features(grid) -> int                features of a picture
     feature_width: int                       numbers kept for each of them: 2 * layers * num_kv_heads * head_dim

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from sightline.attention.backend import ForwardContext
 from sightline.layers.attention import DecoderAttention
 from sightline.layers.embedding import Embedding
-from sightline.layers.linear import Linear, MergedLinear
+from sightline.layers.linear import MergedLinear, RowLinear
 from sightline.layers.norm import RMSNorm
 from sightline.layers.normed import normed_swiglu
 from sightline.layers.rotary import MultimodalRotaryEmbedding, Rotary, RotaryEmbedding
 from sightline.models import KVSpec
 from sightline.models.config import Fields
+from sightline.parallel import SOLO, Group
 
 # What a config that omits these keys means: the defaults of transformers' classes of that `model_type`.
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -100,6 +101,16 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
 
+    @property
+    def group_sizes(self) -> list[int]:
+        """Over how many ranks it can be split: query heads and the MLP evenly, key heads evenly or with copies."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        return [
+            n
+            for n in range(1, heads + 1)
+            if heads % n == self.intermediate_size % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+        ]
+
     @classmethod
     def from_fields(
         cls,
@@ -164,6 +175,11 @@ class AroundDecoder:
     def intermediate_size(self) -> int:
         """Width of the decoder's MLP."""
         return self.text.intermediate_size
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Over how many ranks the decoder can be split."""
+        return self.text.group_sizes
 
     @property
     def num_attention_heads(self) -> int:
@@ -237,11 +253,11 @@ def _rope(
 class DecoderMLP(nn.Module):
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, group: Group = SOLO) -> None:
         super().__init__()
-        width = config.intermediate_size
-        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": width, "up_proj": width})
-        self.down_proj = Linear(width, config.hidden_size)
+        inner = group.shard(config.intermediate_size)
+        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": inner, "up_proj": inner})
+        self.down_proj = RowLinear(inner, config.hidden_size, group=group)
 
     def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """hidden [T, hidden], overwritten -> hidden + mlp(norm(hidden))."""
@@ -251,7 +267,7 @@ class DecoderMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer; `layer` is its index in the K/V cache."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, group: Group = SOLO) -> None:
         super().__init__()
         self.self_attn = DecoderAttention(
             layer,
@@ -261,8 +277,9 @@ class DecoderLayer(nn.Module):
             head_dim=config.head_dim,
             qkv_bias=config.qkv_bias,
             output_bias=config.output_bias,
+            group=group,
         )
-        self.mlp = DecoderMLP(config)
+        self.mlp = DecoderMLP(config, group)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -273,13 +290,14 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm; of all but the norms, a group's ranks hold a share each."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, group: Group = SOLO) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.num_kv_heads = group.kv_shard(config.num_key_value_heads).width
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, group)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, group) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary: nn.Module
         if config.mrope_section is None:
@@ -291,8 +309,8 @@ class Decoder(nn.Module):
 
     @property
     def kv_spec(self) -> KVSpec:
-        """What the cache holds for each token."""
-        return KVSpec(self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim)
+        """What this rank's cache holds for each token."""
+        return KVSpec(self.config.num_hidden_layers, self.num_kv_heads, self.config.head_dim)
 
     def forward(self, hidden: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
         """hidden [T, hidden]; positions int64 [T], or [3, T] with `mrope_section` -> [T, hidden], normalised.

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sightline.attention.backend import ForwardContext
-from sightline.layers.embedding import place_features
-from sightline.layers.linear import Linear
+from sightline.layers.embedding import OutputHead, place_features
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
 from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig, text_config
+from sightline.parallel import SOLO, Group
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class CausalLM(nn.Module):
     config_class: type[TextModelConfig]
     uses_mrope = False
 
-    def __init__(self, config: TextModelConfig) -> None:
+    def __init__(self, config: TextModelConfig, group: Group = SOLO) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config.text)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.model = Decoder(config.text, group)
+        self.lm_head = None if config.tie_word_embeddings else OutputHead(config.hidden_size, config.vocab_size, group)
 
     def map_name(self, name: str) -> str | None:
         """Names are ours, but for buffers of old releases and a tied head that is written nevertheless."""

@@ -21,12 +21,13 @@ from torch.nn.functional import interpolate
 
 from sightline.attention.backend import ForwardContext
 from sightline.layers.activation import ACTIVATIONS
-from sightline.layers.embedding import place_features
+from sightline.layers.embedding import OutputHead, place_features
 from sightline.layers.linear import Linear
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
 from sightline.models.decoder import TEXT_DEFAULTS, AroundDecoder, Decoder, DecoderConfig, text_config
 from sightline.models.vit import VisionTower, VitConfig
+from sightline.parallel import SOLO, Group
 
 # (rows of tiles, height, width): height and width of the map in features, after its margins were cut off. (0, 0, 0) is the
 # square view alone, (0, 1, 0) the square view and one newline.
@@ -221,7 +222,7 @@ class LlavaForConditionalGeneration(nn.Module):
     static_encoder = True
     uses_mrope = False
 
-    def __init__(self, config: LlavaConfig) -> None:
+    def __init__(self, config: LlavaConfig, group: Group = SOLO) -> None:
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config.vision)
@@ -229,8 +230,8 @@ class LlavaForConditionalGeneration(nn.Module):
         self.image_newline: nn.Parameter | None = None
         if config.newline:
             self.image_newline = nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False)
-        self.model = Decoder(config.text)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.model = Decoder(config.text, group)
+        self.lm_head = None if config.tie_word_embeddings else OutputHead(config.hidden_size, config.vocab_size, group)
 
     @staticmethod
     def companion(config: Mapping[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from sightline import hub
 from sightline.errors import CheckpointError, ModelNotFoundError
 from sightline.hub import progress_detail
 from sightline.layers.parameter import Slot, collect_slots
+from sightline.parallel import SOLO, Group
 from sightline.registry import FAMILIES
 
 Progress = Callable[[float, str], None]
@@ -56,8 +58,9 @@ def load_model(
     device: torch.device | str = "cpu",
     load_format: str = "auto",
     on_progress: Progress | None = None,
+    group: Group = SOLO,
 ) -> nn.Module:
-    """Build the model of `architecture` and fill it; in eval mode, without gradients.
+    """Build this rank's share of the model of `architecture` and fill it; in eval mode, without gradients.
 
     load_format: "auto" or "safetensors" reads the folder's safetensors; "dummy" makes random weights on the device and
     reads config.json alone. on_progress: called with (fraction, detail) as bytes arrive.
@@ -65,7 +68,7 @@ def load_model(
     device = torch.device(device)
     model_class, config, companion = model_class_and_config(model_dir, architecture)
     with _defaults(device, dtype):
-        model: nn.Module = model_class(config).eval()
+        model: nn.Module = model_class(config, group).eval()
     if load_format == "dummy":
         _fill_at_random(model, device)
     elif load_format in ("auto", "safetensors"):
@@ -193,10 +196,8 @@ def _copy_files(
                     if ours not in slots or ours in filled:
                         leftover.append(name)
                         continue
-                    tensor = file.get_tensor(name)
-                    _copy(slots[ours], tensor, name)
+                    done += _copy(slots[ours], file, name)
                     filled.add(ours)
-                    done += tensor.nbytes
                     if (done - reported) * 100 >= total:
                         reported = done
                         on_progress(min(done / total, 1.0), progress_detail(done, total))
@@ -206,9 +207,13 @@ def _copy_files(
     return leftover
 
 
-def _copy(slot: Slot, tensor: Tensor, name: str) -> None:
-    if tuple(tensor.shape) != slot.shape:
-        raise CheckpointError(f"{name} has shape {list(tensor.shape)}, but config.json asks for {list(slot.shape)}.")
+def _copy(slot: Slot, file: Any, name: str) -> int:
+    """Read what the slot wants of tensor `name`, and no more. Returns the bytes that the whole tensor has."""
+    view = file.get_slice(name)
+    shape = tuple(view.get_shape())
+    if shape != slot.shape:
+        raise CheckpointError(f"{name} has shape {list(shape)}, but config.json asks for {list(slot.shape)}.")
+    tensor: Tensor = file.get_tensor(name) if slot.part is None else view[slot.part]
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise CheckpointError(f"{name} is of type {tensor.dtype}; only float32, float16 and bfloat16 weights are read.")
     value = tensor if slot.convert is None else slot.convert(tensor)
@@ -217,6 +222,7 @@ def _copy(slot: Slot, tensor: Tensor, name: str) -> None:
         # torch transposes fast only between whole matrices of one type: five times faster than one strided copy
         target, value = target.t(), value.to(target.dtype).t().contiguous()
     target.copy_(value, non_blocking=True)
+    return math.prod(shape) * tensor.element_size()
 
 
 def _few(names: Sequence[str]) -> str:
@@ -226,7 +232,8 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _fill_at_random(model: nn.Module, device: torch.device) -> None:
-    """Matrices of deviation 1 / sqrt(fan in), so that activations stay near 1; norms and biases as they are born."""
+    """Matrices of deviation 1 / sqrt(fan in), so that activations stay near 1; norms and biases as they are born. The ranks of a
+    group draw the same numbers, so they agree about what each of them holds in full."""
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim >= 2:

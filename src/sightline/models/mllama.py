@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention.backend import ForwardContext
-from sightline.layers.linear import Linear, MergedLinear
+from sightline.layers.embedding import OutputHead
+from sightline.layers.linear import Linear, MergedLinear, RowLinear
 from sightline.layers.norm import RMSNorm
 from sightline.layers.normed import normed_swiglu
 from sightline.layers.rotary import Rotary
@@ -25,6 +26,7 @@ from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
 from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig, DecoderLayer, DecoderMLP
 from sightline.models.mllama_vision import Grid, MllamaVisionConfig, VisionTower, gate
+from sightline.parallel import SOLO, Group
 
 # Rows of the embedding beyond the vocabulary: the picture's placeholder is the first of them, and is never generated.
 _EXTRA_ROWS = 8
@@ -85,15 +87,16 @@ class MllamaConfig(AroundDecoder):
 class CrossAttention(nn.Module):
     """From text to pictures, with normalised queries and keys and no positions. `layer` counts cross-attention layers."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, group: Group = SOLO) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.num_kv_heads = config.num_key_value_heads
-        kv_width = self.num_kv_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * self.head_dim)
-        self.kv_proj = MergedLinear(config.hidden_size, {"k_proj": kv_width, "v_proj": kv_width})
-        self.o_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size)
+        kv_heads = group.kv_shard(config.num_key_value_heads)
+        self.num_kv_heads = kv_heads.width
+        queries, keys = group.shard(config.num_attention_heads).times(self.head_dim), kv_heads.times(self.head_dim)
+        self.q_proj = MergedLinear(config.hidden_size, {"q_proj": queries})
+        self.kv_proj = MergedLinear(config.hidden_size, {"k_proj": keys, "v_proj": keys})
+        self.o_proj = RowLinear(queries, config.hidden_size, group=group)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -113,10 +116,10 @@ class CrossAttention(nn.Module):
 class CrossAttentionLayer(nn.Module):
     """Cross-attention and MLP, each scaled by tanh of a learned gate."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, group: Group = SOLO) -> None:
         super().__init__()
-        self.cross_attn = CrossAttention(config, layer)
-        self.mlp = DecoderMLP(config)
+        self.cross_attn = CrossAttention(config, layer, group)
+        self.mlp = DecoderMLP(config, group)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.cross_attn_attn_gate = gate()
@@ -137,30 +140,30 @@ class CrossAttentionLayer(nn.Module):
 class MllamaDecoder(Decoder):
     """`Decoder` with layers of both kinds. Only those with self-attention have a place in the K/V cache."""
 
-    def __init__(self, config: MllamaConfig) -> None:
+    def __init__(self, config: MllamaConfig, group: Group = SOLO) -> None:
         text = config.text
         # the layers are made below
-        super().__init__(replace(text, num_hidden_layers=0, vocab_size=text.vocab_size + _EXTRA_ROWS))
+        super().__init__(replace(text, num_hidden_layers=0, vocab_size=text.vocab_size + _EXTRA_ROWS), group)
         num_self = num_cross = 0
         for i in range(text.num_hidden_layers):
             if i in config.cross_attention_layers:
-                self.layers.append(CrossAttentionLayer(text, num_cross))
+                self.layers.append(CrossAttentionLayer(text, num_cross, group))
                 num_cross += 1
             else:
-                self.layers.append(DecoderLayer(text, num_self))
+                self.layers.append(DecoderLayer(text, num_self, group))
                 num_self += 1
         self.config = text
         self.num_self, self.num_cross = num_self, num_cross
 
     @property
     def kv_spec(self) -> KVSpec:
-        """What the cache holds for each token: the self-attention layers."""
-        return KVSpec(self.num_self, self.config.num_key_value_heads, self.config.head_dim)
+        """What this rank's cache holds for each token: the self-attention layers."""
+        return KVSpec(self.num_self, self.num_kv_heads, self.config.head_dim)
 
     @property
     def cross_spec(self) -> KVSpec:
-        """What the vision cache holds for each token of a picture: the cross-attention layers."""
-        return KVSpec(self.num_cross, self.config.num_key_value_heads, self.config.head_dim)
+        """What this rank's vision cache holds for each token of a picture: the cross-attention layers."""
+        return KVSpec(self.num_cross, self.num_kv_heads, self.config.head_dim)
 
     def encode(self, states: Tensor) -> Tensor:
         """states [N, hidden] of a picture -> [cross layers, 2, N, num_kv_heads, head_dim]."""
@@ -179,13 +182,13 @@ class MllamaForConditionalGeneration(nn.Module):
     uses_mrope = False
     cross_attention = True
 
-    def __init__(self, config: MllamaConfig) -> None:
+    def __init__(self, config: MllamaConfig, group: Group = SOLO) -> None:
         super().__init__()
         self.config = config
         self.vision_model = VisionTower(config.vision)
         self.multi_modal_projector = Linear(config.vision.output_size, config.hidden_size, bias=True)
-        self.model = MllamaDecoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.model = MllamaDecoder(config, group)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, group)
 
     def map_name(self, name: str) -> str | None:
         """Names of 2024 (`language_model.model.`, `vision_model.`) and of transformers 5 (all below `model.`)."""

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu
 from sightline.attention.backend import ForwardContext
 from sightline.layers.activation import ACTIVATIONS
 from sightline.layers.block_attention import block_attention
-from sightline.layers.embedding import place_features
+from sightline.layers.embedding import OutputHead, place_features
 from sightline.layers.linear import Linear
 from sightline.layers.norm import LayerNorm, RMSNorm
 from sightline.layers.parameter import Slot
@@ -21,6 +21,7 @@ from sightline.layers.rotary import Rotary, inverse_frequencies, rotate_heads, t
 from sightline.models import KVSpec
 from sightline.models.config import Fields, refuse_quantization
 from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig
+from sightline.parallel import SOLO, Group
 
 Grid = tuple[int, int, int]
 
@@ -350,12 +351,12 @@ class Qwen2VLForConditionalGeneration(nn.Module):
     static_encoder = True
     uses_mrope = True
 
-    def __init__(self, config: Qwen2VLConfig) -> None:
+    def __init__(self, config: Qwen2VLConfig, group: Group = SOLO) -> None:
         super().__init__()
         self.config = config
         self.visual = self.tower_class(config.vision)
-        self.model = Decoder(config.text)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.model = Decoder(config.text, group)
+        self.lm_head = None if config.tie_word_embeddings else OutputHead(config.hidden_size, config.vocab_size, group)
 
     def map_name(self, name: str) -> str | None:
         """Names of 2024 (`visual.`, `model.`) and of transformers 5 (`model.visual.`, `model.language_model.`)."""

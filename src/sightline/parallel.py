@@ -1,0 +1,115 @@
+"""Ranks that hold one model together: what each holds of it, and the sums between them.
+
+A `Group` is an argument of whatever needs it, never a global; a group of one rank sums and gathers by doing nothing. Collectives
+are torch.distributed's: NCCL between GPUs, gloo between processes of a CPU. The ranks of a group are on one machine, so they find
+each other by a file and talk over the loopback interface and NVLink or PCIe.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+# A rank that does not answer for so long hangs; one that died is noticed at once.
+_TIMEOUT = timedelta(minutes=10)
+
+
+class Shard(NamedTuple):
+    """What one rank holds of a dimension: `width` entries from `start` of `total`. Those from `total` on are padding."""
+
+    start: int
+    width: int
+    total: int
+
+    @classmethod
+    def whole(cls, total: int) -> Shard:
+        """All of it."""
+        return cls(0, total, total)
+
+    @property
+    def length(self) -> int:
+        """Entries that are no padding."""
+        return max(0, min(self.width, self.total - self.start))
+
+    def times(self, unit: int) -> Shard:
+        """The same share, of entries that are `unit` smaller ones each."""
+        return Shard(self.start * unit, self.width * unit, self.total * unit)
+
+
+class Group:
+    """One rank's view of `size` ranks. Models are built with it before it is connected."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    def connect(self, rendezvous: Path, device: torch.device) -> None:
+        """Meet the other ranks, which all name the same new file. device: where their tensors lie."""
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=rendezvous.as_uri(),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=_TIMEOUT,
+            device_id=device if on_gpu else None,
+        )
+
+    def close(self) -> None:
+        """Leave the others; needed only before another group is connected in this process."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # -- shares --------------------------------------------------------------------------------------------------------
+
+    def shard(self, total: int) -> Shard:
+        """An equal share of what `size` divides."""
+        assert total % self.size == 0, f"{total} does not divide by {self.size} ranks"
+        width = total // self.size
+        return Shard(self.rank * width, width, total)
+
+    def padded_shard(self, total: int) -> Shard:
+        """An equal share of what is padded until `size` divides it."""
+        width = -(-total // self.size)
+        return Shard(self.rank * width, width, total)
+
+    def kv_shard(self, num_kv_heads: int) -> Shard:
+        """The key heads that this rank's share of query heads reads: with more ranks than key heads, several hold the same."""
+        if num_kv_heads % self.size == 0:
+            return self.shard(num_kv_heads)
+        assert self.size % num_kv_heads == 0, f"{num_kv_heads} key heads and {self.size} ranks"
+        return Shard(self.rank // (self.size // num_kv_heads), 1, num_kv_heads)
+
+    # -- collectives: every rank calls the same ones in the same order -------------------------------------------------------
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place of x (contiguous)."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [S, W] of every rank side by side: [S, size * W]."""
+        if self.size == 1:
+            return x
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(parts.view(-1, x.shape[-1]), x.contiguous())
+        return parts.transpose(0, 1).flatten(1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """x (contiguous) of rank 0, in place of everybody's."""
+        if self.size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
+
+# The whole model.
+SOLO = Group()

@@ -95,6 +95,14 @@ class EngineConfig(BaseModel):
     )
     random_seed: int | None = setting(None, "Seed of requests that name none; random by default.", "seed")
     num_threads: int | None = setting(None, "Threads of the engine on a CPU; one for each core by default.", ge=1)
+    tp_size: int = setting(
+        1,
+        "GPUs that hold one model together, each a share of it and of the K/V (tensor parallelism); processes, on a CPU.",
+        "tensor-parallel-size",
+        "tp",
+        ge=1,
+        le=64,
+    )
     dp_size: int = setting(
         1,
         "Engines behind one port, each with the whole model; on GPUs each has its own, on a CPU they share cores and memory.",
@@ -104,6 +112,11 @@ class EngineConfig(BaseModel):
         le=64,
     )
     decode_log_interval: int = setting(40, "Decode steps between two lines of the log.", ge=1)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share the machine's cores and memory on a CPU: the ranks of all engines."""
+        return self.tp_size * self.dp_size
 
 
 class ServerConfig(EngineConfig):

@@ -9,6 +9,7 @@
     +-- EngineError                   the server's fault while serving one request
     |   +-- ReplicaDeadError          the engine that held it is gone; others serve, so send it again
     |   +-- EngineDeadError           the engine process is gone; nothing can be served any more
+    |   +-- RankError                 the ranks of an engine are out of step: its process ends
     +-- StartupError                  the server cannot start; carries the exit code of the command
         +-- SettingError              exit 2: a setting that cannot be used
         +-- ModelNotFoundError        exit 3: missing, gated or unsupported model
@@ -91,6 +92,10 @@ class ReplicaDeadError(EngineError):
     """The engine that held the request ended; others go on."""
 
 
+class RankError(EngineError):
+    """A step failed on one rank of a tensor-parallel engine, and the others wait for it: the process must end."""
+
+
 class StartupError(SightlineError):
     """The command cannot start; `exit_code` is its process exit status."""
 
@@ -131,3 +136,14 @@ class DeviceError(StartupError):
     """No usable device."""
 
     exit_code = 6
+
+
+def startup_error(exit_code: int, message: str) -> StartupError:
+    """The error that another process ended with."""
+    kinds: dict[int, type[StartupError]] = {
+        2: SettingError,
+        3: ModelNotFoundError,
+        4: OutOfMemoryError,
+        6: DeviceError,
+    }
+    return kinds.get(exit_code, StartupError)(message)

@@ -66,12 +66,11 @@ schedule-policy | fcfs | requests are served in their order
 schedule-conservativeness | | a prompt takes all its pages when it is admitted; nothing is to be tuned
 cpu-offload-gb | 0 | weights stay on the device
 page-size, block-size | 16 | pages have 16 tokens
-tp-size, tensor-parallel-size, tp | 1 | one device serves a model; start one server for each device and balance between them
 stream-interval | 1 | every token is sent when it is there
 stream-output | switch | /generate sends the text so far, as SGLang does by default
 constrained-json-whitespace-pattern | | JSON has the grammar's own white space
 watchdog-timeout | | the engine has no timer for a step
-dist-timeout | | there is one process group of one device
+dist-timeout | | a rank that dies is noticed at once; there is nothing to wait for
 base-gpu-id | 0 | choose the device with CUDA_VISIBLE_DEVICES
 gpu-id-step | 1 | choose the device with CUDA_VISIBLE_DEVICES
 log-level-http | | use --log-level
@@ -105,12 +104,12 @@ ds-heavy-token-num | | attention is exact
 ds-heavy-channel-type | | attention is exact
 ds-sparse-decode-threshold | | attention is exact
 disable-cuda-graph-padding | switch | a decode step is padded to the next captured size; use --disable-cuda-graph for none at all
-enable-nccl-nvls | switch | one device serves a model
+enable-nccl-nvls | switch | set the environment variable NCCL_NVLS_ENABLE
 disable-outlines-disk-cache | switch ok | no grammar is kept on disk
-disable-custom-all-reduce | switch ok | one device has nothing to reduce
+disable-custom-all-reduce | switch ok | sums between GPUs are NCCL's
 disable-mla | switch ok | no served family has latent attention
 enable-mixed-chunk | switch ok | decode rows and prefill chunks always share a step
-enable-dp-attention | switch | one device serves a model
+enable-dp-attention | switch | each rank attends with its own heads
 enable-ep-moe | switch | models with experts are not served
 enable-deepep-moe | switch | models with experts are not served
 enable-torch-compile | switch | steps are not compiled; CUDA graphs are used without it
@@ -118,7 +117,7 @@ torch-compile-max-bs | | steps are not compiled
 cuda-graph-bs | | use --cuda-graph-max-bs; the sizes below it are chosen
 torchao-config | | quantized weights are not supported
 enable-nan-detection | switch | the answers are not searched for NaN
-enable-p2p-check | switch | one device serves a model
+enable-p2p-check | switch ok | NCCL checks it by itself
 triton-attention-reduce-in-fp32 | switch ok | attention accumulates in float32
 triton-attention-num-kv-splits | | the kernel chooses its splits
 num-continuous-decode-steps | 1 | every step may admit a request
@@ -146,9 +145,9 @@ enable-chunked-prefill | switch ok | prompts are computed in chunks
 no-enable-chunked-prefill | switch | prompts are always computed in chunks; use --chunked-prefill-size for larger ones
 async-scheduling | switch ok | steps overlap on a GPU
 scheduling-policy | fcfs | requests are served in their order
-pipeline-parallel-size, pp | 1 | one device serves a model
+pipeline-parallel-size, pp | 1 | a model is divided by --tp-size, not by layers
 api-server-count | 1 | one process serves HTTP
-distributed-executor-backend | | one device serves a model
+distributed-executor-backend | mp | the ranks of an engine are processes of one machine
 swap-space | 0 | K/V is kept on the device only
 generation-config | auto | generation_config.json gives the defaults of sampling; requests override them
 override-generation-config | | edit the checkpoint's generation_config.json, or send the values with requests

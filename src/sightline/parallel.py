@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+# torch 2.13 renamed it
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 # A rank that does not answer for so long hangs; one that died is noticed at once.
 _TIMEOUT = timedelta(minutes=10)
 
@@ -101,7 +103,7 @@ class Group:
         if self.size == 1:
             return x
         parts = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(parts.view(-1, x.shape[-1]), x.contiguous())
+        _all_gather(parts.view(-1, x.shape[-1]), x.contiguous())
         return parts.transpose(0, 1).flatten(1)
 
     def broadcast(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from PIL import Image
 from sightline.config import EngineConfig
 from sightline.engine.core import EngineCore
 from sightline.engine.factory import build_core
+from sightline.engine.setup import EngineSetup
 from sightline.types import (
     EngineRequest,
     FinishReason,
@@ -46,7 +47,7 @@ class Prompt:
     pictures: list[Image.Image]
     pixels: list[np.ndarray]
     images: tuple[ImageRef, ...]
-    positions: np.ndarray
+    positions: np.ndarray | None
     delta: int
 
     def request(self, name: str, sampling: SamplingParams = GREEDY, salt: bytes = b"") -> EngineRequest:
@@ -54,7 +55,7 @@ class Prompt:
             request_id=name,
             input_ids=ids_to_bytes(self.ids),
             sampling=sampling,
-            positions=ids_to_bytes(self.positions.reshape(-1)),
+            positions=b"" if self.positions is None else ids_to_bytes(self.positions.reshape(-1)),
             position_delta=self.delta,
             images=self.images,
             cache_salt=salt,
@@ -120,11 +121,14 @@ class Answer:
 
 
 class Driver:
-    """An `EngineCore` of the tiny checkpoint, and a client that answers its questions for pixels."""
+    """An `EngineCore` of a tiny checkpoint, and a client that answers its questions for pixels. run_dir: for more than one rank."""
 
-    def __init__(self, **settings: Any) -> None:
-        config = EngineConfig(**{"model": str(model_dir()), "device": "cpu", "max_total_tokens": 4096, **settings})
-        self.core: EngineCore = build_core(config, model_dir(), lambda progress: None)[0]
+    def __init__(self, folder: Path | None = None, run_dir: Path | None = None, **settings: Any) -> None:
+        folder = folder or model_dir()
+        config = EngineConfig(**{"model": str(folder), "device": "cpu", "max_total_tokens": 4096, **settings})
+        if run_dir is not None:
+            EngineSetup(config, folder).write(run_dir)
+        self.core: EngineCore = build_core(config, folder, lambda progress: None, run_dir)[0]
         self.pixels: dict[bytes, np.ndarray] = {}
         self.answers: dict[tuple[str, int], Answer] = {}
         self.num_encodes = 0

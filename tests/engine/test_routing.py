@@ -126,6 +126,9 @@ def test_each_replica_sees_its_own_device() -> None:
     assert env(0, CUDA_VISIBLE_DEVICES="3, 5") == {"CUDA_VISIBLE_DEVICES": "3"}
     assert env(1, CUDA_VISIBLE_DEVICES="GPU-a,GPU-b") == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
     assert env(1, CUDA_VISIBLE_DEVICES="") == {}
+    assert device_env(EngineConfig(dp_size=2, tp_size=2), 1, {}) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    four = {"CUDA_VISIBLE_DEVICES": "7,6,1,0"}
+    assert device_env(EngineConfig(dp_size=2, tp_size=2), 1, four) == {"CUDA_VISIBLE_DEVICES": "1,0"}
     assert device_env(EngineConfig(dp_size=2, device="cpu"), 1, {"CUDA_VISIBLE_DEVICES": "0"}) == {}
-    with pytest.raises(DeviceError, match="dp-size 2 needs a GPU for each replica"):
+    with pytest.raises(DeviceError, match="dp-size 2 needs 2 GPUs"):
         env(0, CUDA_VISIBLE_DEVICES="0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 
@@ -25,12 +25,15 @@ class VisionCache:
     filled are never evicted. The budget holds at all times but for one case: an item (or a group of items used together)
     larger than the budget is admitted when nothing else must stay, for otherwise its request could never run.
 
+    on_drop: told of every entry that leaves, by its digest.
+
     hits and misses count pictures needed by a request: a pin of an entry that an earlier one had brought, and a
     reservation. evictions counts entries dropped for room.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, on_drop: Callable[[bytes], None] | None = None) -> None:
         self.max_bytes = max_bytes
+        self._on_drop = on_drop
         self.num_bytes = 0
         self.num_pinned = 0
         self.hits = 0
@@ -138,6 +141,8 @@ class VisionCache:
 
     def _drop(self, digest: bytes) -> None:
         self.num_bytes -= self._entries.pop(digest).nbytes
+        if self._on_drop is not None:
+            self._on_drop(digest)
 
     def check_integrity(self) -> None:
         """Assert the counters and the budget."""

@@ -22,15 +22,9 @@ from typing import Any, Self
 from sightline.config import EngineConfig
 from sightline.engine.loop import write_pixels
 from sightline.engine.output import OutputDelta, RequestDecoder, joined
+from sightline.engine.setup import EngineSetup
 from sightline.engine.transport import ProcessTransport, ThreadTransport, Transport
-from sightline.errors import (
-    DeviceError,
-    EngineDeadError,
-    EngineError,
-    ModelNotFoundError,
-    OutOfMemoryError,
-    StartupError,
-)
+from sightline.errors import EngineDeadError, EngineError, StartupError, startup_error
 from sightline.prompt.caller import caller
 from sightline.prompt.pipeline import Picture, Prompt, PromptPipeline
 from sightline.types import (
@@ -90,7 +84,7 @@ class AsyncEngine:
         self._transport: Transport = (
             ThreadTransport(config, model_dir, self._run_dir)
             if in_process
-            else ProcessTransport(config, model_dir, self._run_dir, log_level, log_format, name, env or {})
+            else ProcessTransport(EngineSetup(config, model_dir, log_level, log_format, name), self._run_dir, env or {})
         )
         self._device_renders = False
         self._serial = itertools.count()
@@ -288,7 +282,7 @@ class AsyncEngine:
             return
         started = self._ready is not None and self._ready.done()
         fatal = self._fatal or Fatal(exit_code, f"the engine process ended with exit code {exit_code}")
-        error = EngineDeadError(fatal.message) if started else _startup_error(fatal)
+        error = EngineDeadError(fatal.message) if started else startup_error(fatal.exit_code, fatal.message)
         self._dead.set_result(error)
         self._fail_flights(self._loss())
 
@@ -356,8 +350,3 @@ class Answer:
         del self._engine._flights[self._request_id]
         if not self._decoder.done:
             self._engine._abort(self._request_id)
-
-
-def _startup_error(fatal: Fatal) -> StartupError:
-    kinds: dict[int, type[StartupError]] = {3: ModelNotFoundError, 4: OutOfMemoryError, 6: DeviceError}
-    return kinds.get(fatal.exit_code, StartupError)(fatal.message)

@@ -13,7 +13,7 @@ import numpy as np
 from sightline.engine.grammar import GrammarCompiler, wait_for_any
 from sightline.engine.request import Request
 from sightline.engine.scheduler import Batch, ScheduledRow, Scheduler
-from sightline.errors import EngineError
+from sightline.errors import EngineError, RankError
 from sightline.types import (
     EngineRequest,
     EngineStats,
@@ -404,8 +404,8 @@ class EngineCore:
 
 
 def _reraise_if_fatal(error: Exception) -> None:
-    """A CUDA error leaves the context unusable: the process must end."""
-    if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+    """A CUDA error leaves the context unusable, and ranks out of step wait for ever: the process must end."""
+    if isinstance(error, RankError) or "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
         raise error
 
 

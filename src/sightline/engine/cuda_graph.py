@@ -142,7 +142,8 @@ class StepGraphs:
             # compiles kernels and fills caches, which a capture cannot do
             self._compute(*key)
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=pool)
+            # NCCL's thread asks after its events meanwhile
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             self._compute(*key)
             graph.capture_end()
             self._graphs[key] = graph

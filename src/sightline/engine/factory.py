@@ -15,23 +15,25 @@ import msgspec
 import numpy as np
 import torch
 
-from sightline.attention.backend import AttentionBackend, KVCache
+from sightline.attention.backend import AttentionBackend
 from sightline.attention.torch_sdpa import TorchSDPABackend
 from sightline.cache.page_pool import PagePool
 from sightline.cache.radix import RadixCache
 from sightline.cache.vision_cache import VisionCache
 from sightline.config import EngineConfig
 from sightline.engine.core import EngineCore
-from sightline.engine.cuda_graph import StepGraphs
 from sightline.engine.encoder import Encoder
+from sightline.engine.executor import Executor, GraphSizes
 from sightline.engine.grammar import GrammarCompiler
 from sightline.engine.memory import PAGE_SIZE, max_running_requests, module_bytes, plan_memory
 from sightline.engine.peak import largest_picture, measure_peak, step_cache
 from sightline.engine.runner import ModelRunner
 from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import Scheduler, SchedulerConfig
-from sightline.errors import DeviceError
-from sightline.models.loader import architecture, load_model, read_config
+from sightline.engine.workers import Workers, rendezvous
+from sightline.errors import DeviceError, SettingError
+from sightline.models.loader import architecture, load_model, model_class_and_config, read_config
+from sightline.parallel import Group
 from sightline.prompt.processor import load_processor
 from sightline.registry import FAMILIES
 from sightline.types import EngineRequest, LoadProgress, MemoryPlan, SamplingParams, TokenEvent, ids_to_bytes
@@ -48,71 +50,138 @@ _MAX_ENCODE_TOKENS = 1024
 
 
 def build_core(
-    config: EngineConfig, model_dir: Path, on_progress: Callable[[LoadProgress], None]
+    config: EngineConfig,
+    model_dir: Path,
+    on_progress: Callable[[LoadProgress], None],
+    run_dir: Path | None = None,
 ) -> tuple[EngineCore, MemoryPlan]:
-    """Raises `StartupError` subclasses that carry the exit code."""
+    """run_dir: see `sightline.engine.process`; with `tp_size` it is needed, and the core's runner has workers to be closed.
+
+    Raises `StartupError` subclasses that carry the exit code.
+    """
+    group = Group(0, config.tp_size)
+    workers = None
+    if group.size > 1:
+        assert run_dir is not None, "the ranks meet in the run directory"
+        check_group(config, model_dir)
+        workers = Workers(run_dir, group)
+    try:
+        return _build_core(config, model_dir, on_progress, group, workers, run_dir)
+    except BaseException:
+        if workers is not None:
+            workers.close()
+        raise
+
+
+def check_group(config: EngineConfig, model_dir: Path) -> None:
+    """Raises `SettingError` for a world size that cannot divide the model and `DeviceError` for one without enough GPUs."""
+    sizes = model_class_and_config(model_dir, architecture(read_config(model_dir)))[1].group_sizes
+    valid = ", ".join(map(str, sizes))
+    if config.tp_size not in sizes:
+        raise SettingError(
+            f"--tp-size {config.tp_size}: the heads and the MLP of this model cannot be divided by that; valid sizes: {valid}."
+        )
+    if choose_device(config.device).type == "cuda" and (found := torch.cuda.device_count()) < config.tp_size:
+        fitting = ", ".join(str(n) for n in sizes if n <= found)
+        raise DeviceError(
+            f"--tp-size {config.tp_size} needs {config.tp_size} GPUs, and {found} can be seen (CUDA_VISIBLE_DEVICES); valid "
+            f"sizes with those: {fitting}."
+        )
+
+
+def build_executor(
+    config: EngineConfig, model_dir: Path, group: Group, on_progress: Callable[[float, str], None]
+) -> Executor:
+    """What every rank begins with: its device, its share of the weights, and a K/V cache that is just enough to measure steps."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     if device.type == "cuda":
+        if group.size > 1:
+            device = torch.device("cuda", group.rank)
+            torch.cuda.set_device(device)
         # Everything of this thread: beside it, the encoder's stream gives way.
         torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
         # what an earlier engine of this process left
         gc.collect()
         torch.cuda.empty_cache()
-    if config.num_threads is not None or config.dp_size > 1:
-        torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.dp_size))
+    if config.num_threads is not None or config.num_ranks > 1:
+        torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.num_ranks))
     torch.manual_seed(config.random_seed or 0)
-    hf_config = read_config(model_dir)
-
-    def on_bytes(fraction: float, detail: str) -> None:
-        on_progress(LoadProgress("weights", fraction, detail))
-
-    on_progress(LoadProgress("weights", 0.0))
     model: Any = load_model(
         model_dir,
-        architecture(hf_config),
+        architecture(read_config(model_dir)),
         dtype=dtype,
         device=device,
         load_format=config.load_format,
-        on_progress=on_bytes,
+        on_progress=on_progress,
+        group=group,
     )
-    on_progress(LoadProgress("memory"))
-    eos = eos_token_ids(model_dir, hf_config)
-    max_step = config.chunked_prefill_size or (2048 if device.type == "cpu" else 8192)
-    max_running = max_running_requests(config, device)
-    overlap = device.type == "cuda" and not config.disable_overlap_schedule
-    runner = ModelRunner(
+    overlap = _overlaps(config, device)
+    return Executor(
         model,
-        cache=step_cache(model.kv_spec, max_step, dtype, device),
+        group,
+        cache=step_cache(model.kv_spec, _max_step(config, device), dtype, device),
         backend=_backend(config.attention_backend, device),
-        vision_cache=VisionCache(0),
         encoder=Encoder(model, device, background=overlap, graphs=overlap and not config.disable_cuda_graph),
-        sampler=Sampler(model.config.vocab_size, device, config.random_seed),
         device=device,
-        eos_token_ids=eos,
+        features=VisionCache(0).get,
     )
+
+
+def _overlaps(config: EngineConfig, device: torch.device) -> bool:
+    return device.type == "cuda" and not config.disable_overlap_schedule
+
+
+def _max_step(config: EngineConfig, device: torch.device) -> int:
+    return config.chunked_prefill_size or (2048 if device.type == "cpu" else 8192)
+
+
+def _build_core(
+    config: EngineConfig,
+    model_dir: Path,
+    on_progress: Callable[[LoadProgress], None],
+    group: Group,
+    workers: Workers | None,
+    run_dir: Path | None,
+) -> tuple[EngineCore, MemoryPlan]:
+    hf_config = read_config(model_dir)
+    on_progress(LoadProgress("weights", 0.0))
+    executor = build_executor(
+        config, model_dir, group, lambda fraction, detail: on_progress(LoadProgress("weights", fraction, detail))
+    )
+    if workers is not None and run_dir is not None:
+        workers.wait_loaded()
+        group.connect(rendezvous(run_dir), executor.device)
+    on_progress(LoadProgress("memory"))
+    model, device, dtype = executor.model, executor.device, executor.cache.k[0].dtype
+    eos = eos_token_ids(model_dir, hf_config)
+    max_step = _max_step(config, device)
+    max_running = max_running_requests(config, device)
+    overlap = _overlaps(config, device)
+    runner = ModelRunner(
+        executor,
+        vision_cache=VisionCache(0),
+        sampler=Sampler(model.config.vocab_size, device, config.random_seed),
+        eos_token_ids=eos,
+        workers=workers,
+    )
+    peak = _peak(runner, model_dir, hf_config, max_step, max_running)
     plan = plan_memory(
         config,
         model.kv_spec,
         weights=module_bytes(model),
-        activation=_peak(runner, model_dir, hf_config, max_step, max_running),
+        activation=peak,
         model_context=model.config.max_position_embeddings,
         max_running=max_running,
         dtype=dtype,
         device=device,
+        free_elsewhere=workers.free_memory() if workers is not None and device.type == "cuda" else None,
     )
-    runner.vision_cache = vision_cache = VisionCache(plan.vision_cache)
+    vision_cache = VisionCache(plan.vision_cache, workers.forget if workers is not None else None)
+    runner.use(vision_cache)
     # One page more than planned: page 0 is the null page.
     pool = PagePool(plan.num_pages + 1)
-    runner.cache = KVCache.allocate(
-        num_layers=model.kv_spec.num_layers,
-        num_pages=plan.num_pages + 1,
-        page_size=PAGE_SIZE,
-        num_kv_heads=model.kv_spec.num_kv_heads,
-        head_dim=model.kv_spec.head_dim,
-        dtype=dtype,
-        device=device,
-    )
+    runner.allocate(plan.num_pages + 1)
     max_mixed = (config.chunked_prefill_size or _mixed_tokens(model_dir, hf_config)) if device.type == "cuda" else None
     scheduler_config = _scheduler_config(runner, plan, max_step, max_mixed, dtype)
     if not scheduler_config.cross_attention:
@@ -135,8 +204,10 @@ def build_core(
     )
     on_progress(LoadProgress("warm-up"))
     _warm_up(core)
-    if max_mixed is not None and runner.backend.capturable and not config.disable_cuda_graph:
-        runner.graphs = _capture(config, runner, plan, max_mixed, on_progress)
+    if max_mixed is not None and executor.backend.capturable and not config.disable_cuda_graph:
+        runner.capture(
+            _graph_sizes(config, plan, max_mixed), lambda fraction: on_progress(LoadProgress("graphs", fraction))
+        )
     return core, plan
 
 
@@ -158,7 +229,7 @@ def _mixed_tokens(model_dir: Path, hf_config: dict) -> int:
 
 def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, max_running: int) -> int:
     """Bytes of one step's activations; 0 on a CPU, where they are small and nothing is reserved."""
-    if runner.device.type == "cpu":
+    if runner.executor.device.type == "cpu":
         return 0
     largest = largest_picture(FAMILIES[architecture(hf_config)].processor, model_dir)
     num_pictures = 1
@@ -169,33 +240,20 @@ def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, 
     return peak
 
 
-def _capture(
-    config: EngineConfig,
-    runner: ModelRunner,
-    plan: MemoryPlan,
-    max_mixed: int,
-    on_progress: Callable[[LoadProgress], None],
-) -> StepGraphs:
-    graphs = StepGraphs(
-        runner.model,
-        runner.cache,
-        runner.backend,
+def _graph_sizes(config: EngineConfig, plan: MemoryPlan, max_mixed: int) -> GraphSizes:
+    return GraphSizes(
         max_batch=min(config.cuda_graph_max_bs or plan.max_running_requests, plan.max_running_requests),
         max_running=plan.max_running_requests,
         max_mixed=max_mixed,
-        num_heads=runner.model.config.num_attention_heads,
         max_pages=-(-plan.context_length // PAGE_SIZE),
-        device=runner.device,
     )
-    graphs.capture(lambda fraction: on_progress(LoadProgress("graphs", fraction)))
-    return graphs
 
 
 def _scheduler_config(
     runner: ModelRunner, plan: MemoryPlan, max_step: int, max_mixed: int | None, dtype: torch.dtype
 ) -> SchedulerConfig:
-    model = runner.model
-    on_gpu = runner.device.type == "cuda"
+    model = runner.executor.model
+    on_gpu = runner.executor.device.type == "cuda"
     config = SchedulerConfig(
         page_size=PAGE_SIZE,
         max_step_tokens=max_step,
@@ -204,7 +262,7 @@ def _scheduler_config(
         max_encode_tokens=min(max_step, _MAX_ENCODE_TOKENS) if on_gpu else max_step,
         image_token_bytes=model.config.hidden_size * dtype.itemsize,
     )
-    if not runner.cross_attention:
+    if not runner.executor.cross_attention:
         return config
     return replace(
         config,

@@ -96,7 +96,7 @@ def run_engine(config: EngineConfig, model_dir: Path, run_dir: Path, connection:
 
     started = time.monotonic()
     try:
-        core, plan = build_core(config, model_dir, _throttled(connection))
+        core, plan = build_core(config, model_dir, _throttled(connection), run_dir)
     except StartupError as error:
         connection.send([Fatal(error.exit_code, str(error))])
         return error.exit_code

@@ -30,10 +30,11 @@ def plan_memory(
     max_running: int,
     dtype: torch.dtype,
     device: torch.device,
+    free_elsewhere: int | None = None,
 ) -> MemoryPlan:
-    """Split what is left after weights and the activation peak. All sizes in bytes.
+    """Split what is left after weights and the activation peak. All sizes in bytes, on each rank.
 
-    weights are allocated already. activation: the peak of one step; on a GPU it counts only where no
+    weights are allocated already. free_elsewhere: what the device of another rank has left, the least of them. activation: the peak of one step; on a GPU it counts only where no
     `mem_fraction_static` says how much is to be left for it.
 
     Raises `OutOfMemoryError` naming the flag that helps, when less than one context of K/V would fit and no context was
@@ -42,13 +43,13 @@ def plan_memory(
     per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
     context = config.context_length or model_context
     vision = int(config.vision_cache_gb * _GIB) if config.vision_cache_gb is not None else _default_vision(device)
-    free = _available(config, device, weights, activation) - weights - vision
+    free = _available(config, device, weights, activation, free_elsewhere) - weights - vision
     if config.max_total_tokens is not None:
         tokens = config.max_total_tokens
     else:
         tokens = free // per_token
         if device.type == "cpu":
-            tokens = min(tokens, _CPU_KV_BYTES // config.dp_size // per_token, context * max_running)
+            tokens = min(tokens, _CPU_KV_BYTES // config.num_ranks // per_token, context * max_running)
     # Page 0 is the null page, which padding may touch.
     num_pages = max(0, int(tokens)) // PAGE_SIZE
     usable = num_pages * PAGE_SIZE
@@ -78,14 +79,18 @@ def _default_vision(device: torch.device) -> int:
     return _CPU_VISION_BYTES if device.type == "cpu" else 4 * _GIB
 
 
-def _available(config: EngineConfig, device: torch.device, weights: int, activation: int) -> int:
+def _available(
+    config: EngineConfig, device: torch.device, weights: int, activation: int, free_elsewhere: int | None
+) -> int:
     """Bytes for weights, pictures and K/V."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
+        if free_elsewhere is not None:
+            free = min(free, free_elsewhere)
         if config.mem_fraction_static is not None:
             return int(total * config.mem_fraction_static)
         return free + weights - activation - _CUDA_RESERVE
-    return int(device_memory(device) * (config.mem_fraction_static or 0.5)) // config.dp_size
+    return int(device_memory(device) * (config.mem_fraction_static or 0.5)) // config.num_ranks
 
 
 def device_memory(device: torch.device) -> int:

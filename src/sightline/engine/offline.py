@@ -73,7 +73,8 @@ class Engine:
     async def _start(self, chat_template: str | None, on_progress: Callable[[LoadProgress], None]) -> MemoryPlan:
         config = self.config
         model_dir = hub.resolve(config.model, revision=config.revision, download_dir=config.download_dir)
-        self._engine = AsyncEngine(config, model_dir, in_process=True)
+        # ranks live and die together with a process of their own
+        self._engine = AsyncEngine(config, model_dir, in_process=config.tp_size == 1)
         ready = await self._engine.start(on_progress)
         self.pipeline = PromptPipeline(
             model_dir,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +74,7 @@ def measure_peak(
 ) -> int:
     """Bytes above what is allocated now: num_pictures of `largest` in the encoder and, beside it, a step of max_step tokens and
     the sampling of max_running rows with every filter. The runner's cache is a `step_cache`."""
-    device = runner.device
+    device = runner.executor.device
     rows = min(max_running, max_step)
 
     def encode() -> None:
@@ -82,26 +82,27 @@ def measure_peak(
         source = runner.new_pixels(largest.pixels.array.shape, np.uint8)
         source[:] = largest.pixels.array
         pixels = largest.pixels._replace(array=source)
-        runner.encoder.encode([largest.image] * num_pictures, [pixels] * num_pictures)
+        runner.encode([largest.image] * num_pictures, [pixels] * num_pictures)
+        if runner.workers is not None:
+            runner.workers.forget(largest.image.digest)
 
-    def step() -> None:
-        launched = runner.forward([ScheduledRow(_request(runner, max_step), 0, max_step, True)], 0)
+    def run(requests: Sequence[Request]) -> None:
+        launched = runner.forward([ScheduledRow(r, 0, r.prompt_len, True) for r in requests], 0)
         runner.sample(launched)
         runner.collect(launched)
 
+    def step() -> None:
+        run([_request(runner, max_step, SamplingParams(max_tokens=1))])
+
     def sample() -> None:
-        hidden = torch.zeros(rows, runner.model.config.hidden_size, device=device, dtype=runner.cache.k[0].dtype)
-        logits = runner.model.logits(hidden)
-        params = SamplingParams(top_p=0.5, top_k=50, min_p=0.01, logprobs=20)
-        states = [runner.sampler.new_state(params, np.zeros(1, dtype=np.int32), (), 0) for _ in range(rows)]
-        runner.sampler.launch(logits, states).result()
+        params = SamplingParams(max_tokens=1, top_p=0.5, top_k=50, min_p=0.01, logprobs=20)
+        run([_request(runner, 1, params) for _ in range(rows)])
 
     pictures = int(largest.scale * _peak(device, encode)) if largest is not None else 0
     return pictures + max(_peak(device, step), _peak(device, sample))
 
 
-def _request(runner: ModelRunner, num_tokens: int) -> Request:
-    params = SamplingParams(max_tokens=1)
+def _request(runner: ModelRunner, num_tokens: int, params: SamplingParams) -> Request:
     ids = np.zeros(num_tokens, dtype=np.int32)
     request = Request("peak", 0, ids, params, 1, runner.new_state(params, ids, 0))
     request.pages = list(range(1, -(-len(ids) // PAGE_SIZE) + 1))

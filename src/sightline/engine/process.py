@@ -1,12 +1,11 @@
 """Entry point of the engine process: `python -m sightline.engine.process RUN_DIR`.
 
-RUN_DIR is a 0700 directory made by the parent. It holds engine.json (config, model folder, log level), the Unix socket
+RUN_DIR is a 0700 directory made by the parent. It holds engine.json (config, model folder, log level), the Unix sockets
 and, for moments, pixel files. Nothing listens on a network.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,10 +17,9 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from sightline.config import EngineConfig
 from sightline.engine.loop import run_engine
+from sightline.engine.setup import EngineSetup, run_process
 from sightline.errors import StartupError
-from sightline.logging import setup_logging
 from sightline.types import Fatal, FromEngine, Shutdown, ToEngine, decode_to_engine, encode_message
 
 logger = logging.getLogger("sightline.engine")
@@ -77,11 +75,11 @@ def main() -> int:
     # The terminal's Ctrl-C and the supervisor's SIGTERM reach the whole group: the parent drains first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    setup = json.loads((run_dir / "engine.json").read_text())
-    setup_logging(setup["log_level"], setup["log_format"], role=setup["role"])
+    setup = EngineSetup.read(run_dir)
+    setup.start_log()
     connection = ZmqConnection(run_dir)
     try:
-        return run_engine(EngineConfig.model_validate(setup["config"]), Path(setup["model_dir"]), run_dir, connection)
+        return run_engine(setup.config, setup.model_dir, run_dir, connection)
     except StartupError as error:
         connection.send([Fatal(error.exit_code, str(error))])
         return error.exit_code
@@ -96,4 +94,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

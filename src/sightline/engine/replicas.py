@@ -171,21 +171,23 @@ EngineClient = AsyncEngine | ReplicaSet
 
 
 def device_env(config: EngineConfig, replica: int, env: Mapping[str, str]) -> dict[str, str]:
-    """The variables that show a replica its own GPU and no other. Nothing where the model runs on the CPU.
+    """The variables that show a replica its own GPUs and no others. Nothing where the model runs on the CPU.
 
     Devices are taken in the order of `env`'s CUDA_VISIBLE_DEVICES, or of the machine. Raises `DeviceError` for too few.
     """
     if config.device == "cpu":
         return {}
-    given = env.get(_VISIBLE)
+    given, size = env.get(_VISIBLE), config.tp_size
+    own = slice(replica * size, (replica + 1) * size)
     if given is None:
-        return {_VISIBLE: str(replica)}
+        return {_VISIBLE: ",".join(map(str, range(own.start, own.stop)))}
     devices = [d.strip() for d in given.split(",") if d.strip()]
     if not devices and config.device == "auto":
         return {}
-    if len(devices) < config.dp_size:
+    if len(devices) < config.num_ranks:
+        of_size = f" of --tp-size {size}" if size > 1 else ""
         raise DeviceError(
-            f"--dp-size {config.dp_size} needs a GPU for each replica, and {_VISIBLE} shows {len(devices)}; "
+            f"--dp-size {config.dp_size}{of_size} needs {config.num_ranks} GPUs, and {_VISIBLE} shows {len(devices)}; "
             "use fewer replicas or --device cpu."
         )
-    return {_VISIBLE: devices[replica]}
+    return {_VISIBLE: ",".join(devices[own])}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import subprocess
@@ -18,6 +17,7 @@ import msgspec
 
 from sightline.config import EngineConfig
 from sightline.engine.loop import run_engine
+from sightline.engine.setup import EngineSetup
 from sightline.types import FromEngine, Shutdown, ToEngine, decode_from_engine, encode_message
 
 logger = logging.getLogger("sightline.server")
@@ -38,16 +38,7 @@ class Transport(Protocol):
 class ProcessTransport:
     """A child process and a PAIR socket in the run directory."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        model_dir: Path,
-        run_dir: Path,
-        log_level: str,
-        log_format: str,
-        name: str,
-        env: Mapping[str, str],
-    ) -> None:
+    def __init__(self, setup: EngineSetup, run_dir: Path, env: Mapping[str, str]) -> None:
         import zmq
         import zmq.asyncio
 
@@ -55,17 +46,7 @@ class ProcessTransport:
 
         self._run_dir = run_dir
         self._env = {**os.environ, **env}
-        (run_dir / "engine.json").write_text(
-            json.dumps(
-                {
-                    "config": config.model_dump(mode="json"),
-                    "model_dir": str(model_dir),
-                    "log_level": log_level,
-                    "log_format": log_format,
-                    "role": name,
-                }
-            )
-        )
+        setup.write(run_dir)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)

@@ -1,0 +1,81 @@
+"""What rank 0 tells the other ranks of its engine, and what they answer: msgpack over Unix sockets, no pickle.
+
+A rank does what it is told, in order; that alone keeps the ranks' collectives in step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sightline.engine.executor import GraphSizes, StepPlan
+from sightline.types import Fatal, ImageRef, View
+
+
+class TellMemory(msgspec.Struct, tag=True):
+    """Answer with `FreeMemory`."""
+
+
+class Allocate(msgspec.Struct, tag=True):
+    """Make the K/V cache, of so many pages."""
+
+    num_pages: int
+
+
+class Capture(msgspec.Struct, tag=True):
+    """Make the CUDA graphs."""
+
+    sizes: GraphSizes
+
+
+class Encode(msgspec.Struct, tag=True):
+    """Encode pictures and keep their features. A frame for the uint8 pixels of each picture follows, of these shapes and views.
+
+    forgotten: pictures whose features are needed no more, dropped first.
+    """
+
+    forgotten: list[bytes]
+    images: list[ImageRef]
+    shapes: list[tuple[int, ...]]
+    views: list[tuple[View, ...]]
+
+
+class Forward(msgspec.Struct, tag=True):
+    """Compute a step. forgotten: as in `Encode`."""
+
+    forgotten: list[bytes]
+    plan: StepPlan
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """The weights are there; from here on the rank takes part in collectives."""
+
+
+class FreeMemory(msgspec.Struct, tag=True):
+    """Bytes that nobody uses on the rank's device."""
+
+    num_bytes: int
+
+
+ToRank = TellMemory | Allocate | Capture | Encode | Forward
+FromRank = Loaded | FreeMemory | Fatal
+
+
+def _encode_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    raise NotImplementedError(f"a {type(value).__name__} is in no message")
+
+
+def _decode_array(kind: type, value: Any) -> Any:
+    assert kind is np.ndarray, kind
+    dtype, shape, data = value
+    # a copy, which may be written to
+    return np.frombuffer(data, np.dtype(dtype)).reshape(shape).copy()
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_encode_array).encode
+decode_to_rank = msgspec.msgpack.Decoder(ToRank, dec_hook=_decode_array).decode
+decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode

@@ -1,0 +1,183 @@
+"""An engine of two ranks says what one of a single rank says, for every family and whatever it does meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from sightline import Engine, SamplingParams
+from sightline.errors import DeviceError, SettingError
+from sightline.prompt.pipeline import PromptPipeline
+from tests import oracle, tiny, tiny_llava, tiny_mllama
+from tests.engine.test_exactness import Driver, Prompt
+from tests.models.test_qwen2_5_vl import tiny_model as qwen2_5_vl
+
+TOLERANCE = 1e-4
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=4)
+
+
+class Family(NamedTuple):
+    """A checkpoint, and a vision cache (in GiB) that holds all pictures or none that nobody uses."""
+
+    make: Callable[[], Path]
+    vision_cache_gb: float = 0.25
+
+
+FAMILIES = {
+    "Qwen2-VL": Family(tiny.qwen2_vl),
+    "Qwen2.5-VL, tied": Family(functools.partial(qwen2_5_vl, tied=True), 0.0),
+    "Llama 3.2 Vision": Family(functools.partial(tiny_mllama.mllama, shards=2)),
+    "Llama 3.2 Vision, no vision cache": Family(tiny_mllama.mllama, 0.0),
+    "LLaVA 1.5, authors' layout": Family(
+        functools.partial(tiny_llava.llava, "llava", layout="original", tower="beside", pad=True)
+    ),
+    "LLaVA-NeXT, Mistral": Family(functools.partial(tiny_llava.llava, "next", text="mistral")),
+    "OneVision": Family(functools.partial(tiny_llava.llava, "onevision", text="qwen2"), 0.0),
+    # one key head for both ranks, a bias that must be added once, and a vocabulary that does not divide
+    "Llama": Family(
+        functools.partial(
+            tiny_llava.text,
+            "llama",
+            overrides={"num_key_value_heads": 1, "attention_bias": True, "vocab_size": tiny.VOCAB_SIZE + 1},
+        )
+    ),
+    "Mistral": Family(functools.partial(tiny_llava.text, "mistral")),
+    "Qwen2, tied": Family(functools.partial(tiny_llava.text, "qwen2", tied=True)),
+}
+
+
+def prompts(model_dir: Path) -> dict[str, Prompt]:
+    """Without a picture, with one, and with several between words."""
+
+    def user(*parts: Any) -> list[dict[str, Any]]:
+        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+        return [{"role": "user", "content": content}]
+
+    pipeline = PromptPipeline(model_dir, allow_local=True, secret=b"1" * 32)
+    talks = {"text": user("How many shapes are there?"), "more text": user("Describe the image in one sentence. " * 3)}
+    if pipeline.processor is not None:
+        a, b = oracle.picture(100, 150, seed=0), oracle.picture(180, 60, seed=1)
+        talks["one picture"] = user(a, "What is in this picture?")
+        talks["two pictures"] = user("First", b, "then", a, "which is red?")
+
+    async def make(messages: list[dict[str, Any]]) -> Prompt:
+        prompt = await pipeline.chat(messages)
+        pixels = {digest: (await pipeline.decode(p)).array for digest, p in prompt.pictures.items()}
+        return Prompt(
+            prompt.input_ids.tolist(),
+            [],
+            [pixels[image.digest] for image in prompt.images],
+            prompt.images,
+            prompt.positions,
+            prompt.position_delta,
+        )
+
+    return {name: asyncio.run(make(messages)) for name, messages in talks.items()}
+
+
+@contextmanager
+def driver(model_dir: Path, size: int, run_dir: Path, **settings: Any) -> Iterator[Driver]:
+    engine = Driver(model_dir, run_dir, tp_size=size, num_threads=1, **settings)
+    try:
+        yield engine
+    finally:
+        engine.core.runner.close()
+
+
+def everything(engine: Driver, asked: dict[str, Prompt]) -> dict[str, Any]:
+    """What is answered one after the other into a running batch, again from the caches, in chunks, with retractions, and among
+    strangers that go away."""
+    said: dict[str, Any] = {}
+
+    def run(way: str, salt: bytes, between: Callable[[], None] = lambda: None) -> None:
+        for name, prompt in asked.items():
+            engine.add(prompt, f"{way}, {name}", GREEDY, salt)
+            engine.step()
+        engine.run(between)
+        for name in asked:
+            answer = engine.answers[f"{way}, {name}", 0]
+            said[f"{way}, {name}"] = (answer.ids, answer.num_cached, answer.logprobs)
+
+    run("cold", b"a")
+    run("cached", b"a")
+    engine.limit_step(7)
+    run("in chunks", b"b")
+    steps = 0
+
+    def retract() -> None:
+        nonlocal steps
+        steps += 1
+        if steps % 5 == 0 and engine.core.scheduler.running:
+            engine.core.scheduler.retract(engine.core.scheduler.running[-1])
+
+    engine.limit_step(40)
+    run("retracted", b"c", retract)
+    for i, prompt in enumerate(asked.values()):
+        engine.add(prompt, f"stranger {i}", SamplingParams(temperature=1.0, seed=i, max_tokens=20), b"d")
+        engine.step()
+
+    def go() -> None:
+        for i in range(0, len(asked), 2):
+            engine.core.abort(f"stranger {i}")
+
+    run("among strangers", b"e", go)
+    assert engine.core.snapshot().retractions > 0
+    return said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_say_what_one_says(family: str, tmp_path: Path) -> None:
+    model_dir, settings = FAMILIES[family].make(), {"vision_cache_gb": FAMILIES[family].vision_cache_gb}
+    asked = prompts(model_dir)
+    with driver(model_dir, 1, tmp_path, **settings) as engine:
+        expected = everything(engine, asked)
+        per_token = engine.core.runner.executor.model.kv_spec
+    with driver(model_dir, 2, tmp_path, **settings) as engine:
+        said = everything(engine, asked)
+        own = engine.core.runner.executor.model.kv_spec
+        assert own.num_kv_heads == max(1, per_token.num_kv_heads // 2)
+    assert said.keys() == expected.keys()
+    for name, (ids, num_cached, logprobs) in said.items():
+        assert (ids, num_cached) == expected[name][:2], name
+        for ours, theirs in zip(logprobs, expected[name][2], strict=True):
+            np.testing.assert_allclose(
+                [ours.logprob, *(value for _, value in ours.top)],
+                [theirs.logprob, *(value for _, value in theirs.top)],
+                atol=TOLERANCE,
+                rtol=0,
+                err_msg=name,
+            )
+    assert any(num_cached for _, num_cached, _ in said.values())
+
+
+def test_the_offline_engine_has_ranks_too() -> None:
+    """In processes of their own, with random weights that all ranks agree about."""
+    with Engine(tiny.qwen2_vl(), device="cpu", tp_size=2, num_threads=1, load_format="dummy") as engine:
+        answer = engine.generate("What", sampling=SamplingParams(max_tokens=5, ignore_eos=True))
+        assert not isinstance(answer, list)
+        assert len(answer.outputs[0].token_ids) == 5
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_size_that_does_not_divide_the_model(size: int) -> None:
+    with pytest.raises(SettingError, match=rf"--tp-size {size}: .* valid sizes: 1, 2, 4\.") as error:
+        Engine(tiny.qwen2_vl(), device="cpu", tp_size=size)
+    assert error.value.exit_code == 2
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sightline.config import EngineConfig
+    from sightline.engine import factory
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    factory.check_group(EngineConfig(tp_size=2), tiny.qwen2_vl())
+    with pytest.raises(DeviceError, match=r"needs 4 GPUs, and 2 can be seen .* valid sizes with those: 1, 2\."):
+        factory.check_group(EngineConfig(tp_size=4), tiny.qwen2_vl())

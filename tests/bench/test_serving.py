@@ -204,12 +204,25 @@ def test_the_plot_is_a_drawing_of_the_times(
     assert distributions("empty", {"a": []}).count("polyline") == 0
 
 
-def test_shared_pictures_are_the_same_in_every_request() -> None:
-    load = serving.Load(shared_images=True, image_sizes=((64, 48),))
-    assert serving.make_body(load, "m", 0) == serving.make_body(load, "m", 5, "warmup")
-    alone = serving.Load(image_sizes=((64, 48),))
-    assert serving.make_body(alone, "m", 0) == serving.make_body(alone, "m", 0), "repeatable"
-    assert serving.make_body(alone, "m", 0) != serving.make_body(alone, "m", 0, "warmup")
+def test_every_request_has_a_picture_of_its_own_or_an_earlier_one() -> None:
+    def shown(load: serving.Load, purpose: str = "load") -> list[str]:
+        return [serving.data_pictures(load, i, purpose)[0] for i in range(40)]
+
+    alone = serving.Load(num_requests=40, image_sizes=((64, 48), (32, 32)))
+    assert shown(alone) == shown(alone), "repeatable"
+    assert len({*shown(alone), *shown(alone, "warmup")}) == 80
+    half = serving.Load(num_requests=40, image_sizes=((64, 48), (32, 32)), image_reuse=0.5)
+    assert 10 < len(set(shown(half))) < 30
+    assert len(set(shown(half, "warmup"))) == 40, "what warms up is not repeated"
+    assert len(set(shown(serving.Load(num_requests=40, image_sizes=((64, 48),), image_reuse=1.0)))) == 1
+
+
+def test_random_words_make_every_question_another() -> None:
+    load = serving.Load(images_per_request=(0,), question_words=20)
+    questions = [json.loads(serving.make_body(load, "m", i))["messages"][0]["content"][0]["text"] for i in range(20)]
+    assert len(set(questions)) == 20
+    assert all(len(q.split()) == 20 + len(load.question.split()) for q in questions)
+    assert serving.make_body(load, "m", 3) == serving.make_body(load, "m", 3), "repeatable"
 
 
 @pytest.mark.parametrize(

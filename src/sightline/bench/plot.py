@@ -1,20 +1,54 @@
-"""Distributions as an SVG: which share of the measurements was at most so large. Text, so no plotting library is needed."""
+"""Drawings of measurements as an SVG. Text, so no plotting library is needed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from sightline.bench.report import percentile
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 220, 50, 34, 36
+_COLOURS = ("#1f5fbf", "#2a8f2a", "#d08000", "#c02020")
 
 
 def distributions(title: str, measured: Mapping[str, Sequence[float]]) -> str:
-    """One panel for each non-empty series, with its median, 90th and 99th percentile marked."""
+    """Which share of the measurements was at most so large: one panel for each non-empty series, with its median, 90th and 99th
+    percentile marked."""
     panels = [
         _panel(name, sorted(values), i) for i, (name, values) in enumerate((n, v) for n, v in measured.items() if v)
     ]
+    return _drawing(title, panels)
+
+
+def lines(title: str, axis: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """One panel with a line for each series of (x, part); x > 0 on a logarithmic axis, the part as a percentage."""
+    points = [point for line in series.values() for point in line]
+    most = max([part for _, part in points] + [0.01])
+    least = min([part for _, part in points] + [0.0])
+    low, high = (math.log(f(x for x, _ in points)) for f in (min, max)) if points else (0.0, 0.0)
+    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - 20
+
+    def at(x: float, part: float) -> tuple[float, float]:
+        across = (math.log(x) - low) / (high - low) if high > low else 0.0
+        return _LEFT + across * (right - _LEFT), bottom - (part - least) / (most - least) * (bottom - _TOP)
+
+    parts = [f'<path d="M{_LEFT},{_TOP}V{bottom}H{right}" fill="none" stroke="black"/>']
+    for part in {least, 0.0, most}:
+        y = at(math.exp(low), part)[1]
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{part:.0%}</text>')
+    for x in sorted({x for x, _ in points}):
+        parts.append(f'<text x="{at(x, 0)[0]:.1f}" y="{bottom + 16}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{right}" y="{bottom + 32}" text-anchor="end">{escape(axis)}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line))
+        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{_LEFT + 10}" y="{_TOP + 4 + 15 * i}" fill="{colour}">{escape(name)}</text>')
+    return _drawing(title, [f'<g transform="translate(0,30)">{"".join(parts)}</g>'])
+
+
+def _drawing(title: str, panels: Sequence[str]) -> str:
     height = 30 + _HEIGHT * len(panels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-family="sans-serif" '

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import itertools
 import random
@@ -31,9 +32,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sightline.bench.plot import distributions
 from sightline.bench.report import Summary, environment, summarize, table
 
+_WORDS = "red green blue small large round flat old new left right above below near far one two three four five".split()
+
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """What to send."""
+    """What to send. image_reuse: the part of the requests, 0 to 1, that ask about the pictures of an earlier one. question_words:
+    random words in front of the question, so that no prefix cache knows it."""
 
     base_url: str = "http://127.0.0.1:8000"
     model: str | None = None
@@ -47,8 +51,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     images_per_request: tuple[int, ...] = (1,)
     image_sizes: tuple[tuple[int, int], ...] = ((448, 448),)
     image_format: str = "jpeg"
-    shared_images: bool = False
+    image_reuse: float = 0.0
     question: str = "What is in this image?"
+    question_words: int = 0
     temperature: float = 0.0
     timeout: float = 600.0
     seed: int = 0
@@ -115,12 +120,22 @@ def make_picture(rng: random.Random, size: tuple[int, int], format: str) -> str:
     return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+@functools.cache
+def repeats(count: int, reuse: float, seed: int) -> list[int]:
+    """Of each request: itself, or with probability `reuse` the first that showed the pictures of an earlier one, any of them alike."""
+    rng = random.Random(f"{seed}-repeats")
+    shown: list[int] = []
+    for index in range(count):
+        shown.append(rng.choice(shown) if shown and rng.random() < reuse else index)
+    return shown
+
+
 def data_pictures(load: Load, index: int, purpose: str) -> list[str]:
     """The pictures of request `index`, as data URLs."""
-    seed = "shared" if load.shared_images else f"{purpose}-{index}"
-    rng = random.Random(f"{load.seed}-{seed}")
-    count = load.images_per_request[index % len(load.images_per_request)]
-    sizes = [load.image_sizes[(index + i) % len(load.image_sizes)] for i in range(count)]
+    shown = repeats(load.num_requests, load.image_reuse, load.seed)[index] if purpose == "load" else index
+    rng = random.Random(f"{load.seed}-{purpose}-{shown}")
+    count = load.images_per_request[shown % len(load.images_per_request)]
+    sizes = [load.image_sizes[(shown + i) % len(load.image_sizes)] for i in range(count)]
     return [make_picture(rng, size, load.image_format) for size in sizes]
 
 
@@ -129,9 +144,11 @@ def make_body(load: Load, model: str, index: int, purpose: str = "load") -> byte
     content: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": url}} for url in data_pictures(load, index, purpose)
     ]
+    words = random.Random(f"{load.seed}-{purpose}-{index}-words").choices(_WORDS, k=load.question_words)
+    question = " ".join([*words, load.question])
     body: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": load.question}]}],
+        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
         "max_tokens": load.max_tokens,
         "temperature": load.temperature,
         "stream": True,
@@ -383,8 +400,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images-per-request", type=int, nargs="+", default=[1], metavar="N", help="in turn (default: 1)")
     p.add_argument("--image-sizes", type=size, nargs="+", default=list(d.image_sizes), metavar="WxH", help="in turn")
     p.add_argument("--image-format", choices=("jpeg", "png", "webp"), default=d.image_format)
-    p.add_argument("--shared-images", action="store_true", help="the same pictures in every request: caches may help")
+    p.add_argument("--image-reuse", type=float, default=d.image_reuse, metavar="PART",
+                   help="part of the requests, 0 to 1, that show the pictures of an earlier one: caches may help")  # fmt: skip
     p.add_argument("--question", default=d.question)
+    p.add_argument("--question-words", type=int, default=d.question_words, metavar="N",
+                   help="random words in front of each question, so that no cache knows it")  # fmt: skip
     p.add_argument("--temperature", type=float, default=d.temperature)
     p.add_argument("--timeout", type=float, default=d.timeout, help="seconds per request (default: %(default)s)")
     p.add_argument("--seed", type=int, default=d.seed)

@@ -1,0 +1,58 @@
+"""Two GPUs that hold one model say what transformers says, as one does: through NCCL, with CUDA graphs and overlapped steps."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.gpu.families import FAMILIES, Judge, conversations
+from tests.gpu.test_families import DTYPES, ask, ids, start
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("SIGHTLINE_TEST_DEVICE", "cuda") == "cuda" and torch.cuda.device_count() < 2,
+    reason="needs two CUDA devices",
+)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["Qwen2-VL", "Qwen2.5-VL", "Llama 3.2 Vision", "OneVision", "Llama"])
+def test_two_gpus(family: str, dtype: torch.dtype, device: str, report: dict[str, str]) -> None:
+    """A batch from cold and the same from the caches; in float32 the ids are those of one GPU."""
+    talks = conversations(FAMILIES[family].pictures)
+    judge = Judge(family, device, dtype)
+    with start(family, device, dtype, tp_size=2) as engine:
+        cold = ask(engine, family, talks)
+        verdict = judge.check(engine, talks, cold)
+        cached = ask(engine, family, talks)
+        judge.check(engine, talks, cached)
+        assert all(output.num_cached_tokens >= 16 for output in cached)
+        assert engine.stats.pages_in_use == 0
+        per_token = engine.plan.kv_bytes_per_token
+    if dtype is torch.float32:
+        with start(family, device, dtype) as engine:
+            assert ids(cold) == ids(cached) == ids(ask(engine, family, talks))
+            # the tiny checkpoints have one key head, which both ranks hold
+            assert engine.plan.kv_bytes_per_token == per_token
+    else:
+        report[f"{family}, two GPUs"] = verdict
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chunked_prefill_size": 27},
+        {"disable_radix_cache": True, "vision_cache_gb": 0.0},
+        {"disable_cuda_graph": True},
+        {"disable_overlap_schedule": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.parametrize("family", ["Qwen2-VL", "Llama 3.2 Vision"])
+def test_what_the_engine_does_meanwhile_changes_nothing(family: str, settings: dict, device: str) -> None:
+    talks = conversations(FAMILIES[family].pictures)
+    with start(family, device, torch.float32, tp_size=2, **settings) as engine:
+        Judge(family, device, torch.float32).check(engine, talks, ask(engine, family, talks))

@@ -52,13 +52,24 @@ def test_an_item_larger_than_the_budget_is_a_guest():
     cache.pin(A)
     assert not cache.reserve(B, 500)
     cache.unpin(A)
-    assert put(cache, B, 500)
+    assert cache.reserve(B, 500)
     assert not cache.contains(A)
     cache.pin(B)
+    cache.fill(B, "b")
     assert not cache.reserve(C, 1)
     cache.unpin(B)
     assert not cache.contains(B)
     assert cache.num_bytes == 0
+
+
+def test_a_guest_whose_user_left_while_it_was_encoded_goes_when_it_is_filled():
+    cache = VisionCache(100)
+    assert cache.reserve(B, 500)
+    cache.pin(B)
+    cache.unpin(B)
+    assert cache.contains(B)
+    cache.fill(B, "b")
+    assert not cache.contains(B)
 
 
 def test_a_group_larger_than_the_budget_is_a_guest_together():
@@ -194,6 +205,7 @@ class VisionMachine(RuleBasedStateMachine):
         else:
             self.cache.fill(digest, ("features", digest))
             self.filled.add(digest)
+            self.shrink(100)
 
     @precondition(lambda self: self.filled)
     @rule(data=st.data())

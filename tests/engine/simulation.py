@@ -24,6 +24,7 @@ from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import EngineCore, Sampled
 from sightline.engine.request import Request
 from sightline.engine.scheduler import ScheduledRow, Scheduler, SchedulerConfig
+from sightline.models import Encoding
 from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, SamplingParams, TokenEvent, ids_to_bytes
 
 VOCAB = 40
@@ -136,20 +137,20 @@ class HashRunner:
         self.bad_pictures: set[bytes] = set()
         self.num_steps = 0
         self._newest: dict[int, int] = {}
-        self._ready_at: dict[bytes, int] = {}
 
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> State:
         return State(index)
 
-    def features_ready(self, digest: bytes) -> bool:
-        return self.vision_cache.is_filled(digest) and self._ready_at[digest] <= self.num_steps
-
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[bytes]) -> list[bytes]:
-        assert len({i.digest for i in images}) == len(images), "a picture is encoded twice in one step"
-        self._fail_if_planned("encode", any(i.digest in self.bad_pictures for i in images))
-        for image in images:
-            self._ready_at[image.digest] = self.num_steps + self.work.encoder_lag
+    def encoding(self, images: Sequence[ImageRef], pixels: Sequence[bytes]) -> Encoding[list[bytes]]:
+        digests = {i.digest for i in images}
+        assert len(digests) == len(images), "a picture is encoded twice in one step"
+        for _ in range(self.work.encoder_parts):
+            yield 1.0
+        self._fail_if_planned("encode", bool(digests & self.bad_pictures))
         return list(pixels)
+
+    def slice_flops(self) -> float | None:
+        return self.work.encoder_slice
 
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Step:
         self.num_steps += 1
@@ -259,7 +260,9 @@ class Workload:
     vision_bytes: int
     use_radix: bool
     overlap: bool
-    encoder_lag: int
+    encoder_parts: int
+    encoder_slice: float | None
+    encode_beside: bool
     beside_text: bool
     num_requests: int
     fault_rate: float
@@ -291,7 +294,9 @@ class Workload:
             vision_bytes=rng.choice([0, 8, 14, 20, 40, 1000]),
             use_radix=rng.random() < 0.8,
             overlap=rng.random() < 0.6,
-            encoder_lag=rng.choice([0, 0, 1, 4]),
+            encoder_parts=rng.choice([0, 1, 4]),
+            encoder_slice=rng.choice([None, 1.0, 3.0]),
+            encode_beside=rng.random() < 0.5,
             beside_text=rng.random() < 0.3,
             num_requests=rng.randint(3, 24),
             fault_rate=rng.choice([0.0, 0.0, 0.05]),
@@ -366,8 +371,7 @@ class Simulation:
             num_features=lambda image: image.grid[2],
             cross_attention=work.beside_text,
         )
-        ready = self.runner.features_ready if work.encoder_lag else lambda digest: True
-        self.scheduler = Scheduler(config, self.pool, self.radix, self.vision_cache, ready)
+        self.scheduler = Scheduler(config, self.pool, self.radix, self.vision_cache, work.encode_beside)
         self.core = EngineCore(
             self.scheduler,
             self.runner,

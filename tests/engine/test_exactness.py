@@ -132,13 +132,13 @@ class Driver:
         self.pixels: dict[bytes, np.ndarray] = {}
         self.answers: dict[tuple[str, int], Answer] = {}
         self.num_encodes = 0
-        encode = self.core.runner.encode
+        encoding = self.core.runner.encoding
 
         def counting(images: Sequence[ImageRef], pixels: Sequence[Any]) -> list[Any]:
             self.num_encodes += len(images)
-            return encode(images, pixels)
+            return encoding(images, pixels)
 
-        self.core.runner.encode = counting  # type: ignore[method-assign]
+        self.core.runner.encoding = counting  # type: ignore[method-assign]
 
     def add(self, prompt: Prompt, name: str, sampling: SamplingParams = GREEDY, salt: bytes = b"") -> None:
         self.pixels |= {i.digest: p for i, p in zip(prompt.images, prompt.pixels, strict=True)}

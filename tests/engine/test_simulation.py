@@ -18,6 +18,7 @@ from sightline.cache.radix import RadixCache
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine import scheduler as scheduler_module
 from sightline.engine.core import EngineCore
+from sightline.engine.encode_queue import EncodeQueue
 from sightline.engine.scheduler import Scheduler
 from tests.engine.simulation import Simulation
 
@@ -158,6 +159,15 @@ def lose_pixels(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(EngineCore, "put_pixels", lambda self, digest, pixels: None)
 
 
+def start_before_the_pictures_are_encoded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(EncodeQueue, "advance", lambda self, needed, beside: ADVANCE(self, (), beside))
+
+
+def encode_for_nobody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "wants", lambda self, digest: False)
+
+
+ADVANCE = EncodeQueue.advance
 PLANTED = [
     leak_a_page,
     forget_the_picture,
@@ -170,6 +180,8 @@ PLANTED = [
     share_a_page_too_many,
     encode_the_wrong_pixels,
     lose_pixels,
+    start_before_the_pictures_are_encoded,
+    encode_for_nobody,
 ]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from sightline.models import llava, vit
+from sightline.models import Encoding, llava, vit
 from sightline.prompt.llava import LlavaProcessor
 from sightline.types import View
 from tests import llava_oracle, tiny_llava
@@ -99,15 +99,15 @@ def _aligned_corners(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_first_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode(self: Any, tiles: Tensor) -> Tensor:
-        return self.encoder(self.embeddings(tiles))[:, 1:]
+    def encode(self: Any, tiles: Tensor) -> Encoding[Tensor]:
+        return (yield from self.encoder(self.embeddings(tiles)))[:, 1:]
 
     monkeypatch.setattr(vit.VisionTower, "_encode", encode)
 
 
 def _class_token_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode(self: Any, tiles: Tensor) -> Tensor:
-        return self.encoder(self.pre_layrnorm(self.embeddings(tiles)))[:, :-1]
+    def encode(self: Any, tiles: Tensor) -> Encoding[Tensor]:
+        return (yield from self.encoder(self.pre_layrnorm(self.embeddings(tiles))))[:, :-1]
 
     monkeypatch.setattr(vit.VisionTower, "_encode", encode)
 

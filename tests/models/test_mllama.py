@@ -18,7 +18,7 @@ from torch import Tensor
 from sightline.attention.backend import ForwardContext
 from sightline.attention.cross import CrossAttentionBatch, PictureGroup
 from sightline.errors import CheckpointError
-from sightline.models import mllama, mllama_vision
+from sightline.models import Encoding, drain, mllama, mllama_vision
 from sightline.models.decoder import RopeScaling
 from tests import mllama_oracle, oracle, tiny_mllama
 from tests.models.harness import PAGE_SIZE, Harness, load, make_batch
@@ -190,7 +190,7 @@ def test_vision_states_equal_the_judge(empty_tiles: str) -> None:
     inputs = [mllama_oracle.tiles(model_dir, picture) for picture in pictures]
     assert {grid[0] for _, grid in inputs} == set(range(1, 9))
     with torch.inference_mode():
-        states = tower([torch.from_numpy(x) for x, _ in inputs], [grid for _, grid in inputs])
+        states = drain(tower([torch.from_numpy(x) for x, _ in inputs], [grid for _, grid in inputs]))
     for got, picture in zip(states, pictures, strict=True):
         torch.testing.assert_close(got, mllama_oracle.vision_states(model_dir, picture), atol=5e-5, rtol=1e-5)
     short = {grid[1] * grid[2] for _, grid in inputs if tower._shortened(grid[0], grid[1] * grid[2])}
@@ -288,13 +288,17 @@ def _config(model: Any, **changes: Any) -> Any:
 
 def _states_after_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers since 4.56."""
+
+    class Last(torch.nn.Module):
+        def forward(self, x: Tensor, *rest: Any) -> Tensor:
+            return x
+
     original = mllama_vision.VisionEncoder.forward
 
     def forward(self: Any, x: Tensor, num_own: int, key_bias: Any, keep: Sequence[int] = ()) -> Any:
         shifted = torch.nn.Module()
-        shifted.layers = [*self.layers, lambda x, *rest: x]
-        x, kept = original(shifted, x, num_own, key_bias, [i + 1 for i in keep])
-        return x, kept
+        shifted.layers = [*self.layers, Last()]
+        return original(shifted, x, num_own, key_bias, [i + 1 for i in keep])
 
     monkeypatch.setattr(mllama_vision.VisionEncoder, "forward", forward)
 
@@ -302,8 +306,8 @@ def _states_after_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def _states_not_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     original = mllama_vision.VisionTower._encode
 
-    def encode(self: Any, *args: Any) -> Tensor:
-        x = original(self, *args)
+    def encode(self: Any, *args: Any) -> Encoding[Tensor]:
+        x = yield from original(self, *args)
         width = self.config.hidden_size
         kept = x[..., width:].unflatten(-1, (width, -1)).transpose(-1, -2).flatten(-2)
         return torch.cat((x[..., :width], kept), dim=-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sightline import Engine, SamplingParams
 from sightline.errors import CheckpointError
-from sightline.models import qwen2_5_vl
+from sightline.models import Encoding, qwen2_5_vl
 from sightline.models.qwen2_vl import VisionTower
 from tests import oracle, tiny
 from tests.models.harness import Harness, load
@@ -228,8 +228,9 @@ def test_settings_that_matter_are_read_strictly(model_dir: Path, key: str, value
 def _order_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     original = qwen2_5_vl.WindowTower._encode
 
-    def encode(self: Any, x: Tensor, rotary: Any, grids: Any, groups: Any) -> Tensor:
-        return original(self, x, rotary, grids, groups).index_select(0, self._windows(grids)[0])
+    def encode(self: Any, x: Tensor, rotary: Any, grids: Any, groups: Any) -> Encoding[Tensor]:
+        encoded = yield from original(self, x, rotary, grids, groups)
+        return encoded.index_select(0, self._windows(grids)[0])
 
     monkeypatch.setattr(qwen2_5_vl.WindowTower, "_encode", encode)
 
@@ -237,7 +238,7 @@ def _order_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 def _positions_not_regrouped(monkeypatch: pytest.MonkeyPatch) -> None:
     original = qwen2_5_vl.WindowTower._encode
 
-    def encode(self: Any, x: Tensor, rotary: Any, grids: Any, groups: Any) -> Tensor:
+    def encode(self: Any, x: Tensor, rotary: Any, grids: Any, groups: Any) -> Encoding[Tensor]:
         order = self._windows(grids)[0].argsort()
         rows = (order[:, None] * 4 + torch.arange(4)).flatten()
         return original(self, x, type(rotary)(rotary.cos[rows], rotary.sin[rows]), grids, groups)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sightline.models import qwen2_vl
+from sightline.models import Encoding, qwen2_vl
 from sightline.prompt.qwen2_vl import Qwen2VLProcessor
 from sightline.types import View
 from tests import oracle, tiny
@@ -242,8 +242,8 @@ def _bilinear(monkeypatch: pytest.MonkeyPatch) -> None:
 def _reversed_features(monkeypatch: pytest.MonkeyPatch) -> None:
     original = qwen2_vl.VisionTower.forward
 
-    def forward(self: Any, pixels: Any, grids: Any) -> list[Tensor]:
-        return original(self, pixels, grids)[::-1]
+    def forward(self: Any, pixels: Any, grids: Any) -> Encoding[list[Tensor]]:
+        return (yield from original(self, pixels, grids))[::-1]
 
     monkeypatch.setattr(qwen2_vl.VisionTower, "forward", forward)
 

@@ -46,7 +46,7 @@ class VisionCache:
         return len(self._entries)
 
     def contains(self, digest: bytes) -> bool:
-        """The features are here, or will be before the next step computes."""
+        """The features are here, or will be."""
         return digest in self._entries
 
     def is_filled(self, digest: bytes) -> bool:
@@ -91,6 +91,7 @@ class VisionCache:
         assert not entry.filled, "the picture was filled before"
         entry.value = value
         entry.filled = True
+        self._see_guests_off()
 
     def discard_unfilled(self, digest: bytes) -> None:
         """Give a reservation back. Nothing happens when the entry was filled or is not here."""
@@ -115,7 +116,10 @@ class VisionCache:
         assert entry.pins > 0, "unpinned more often than pinned"
         entry.pins -= 1
         self.num_pinned -= entry.pins == 0
-        # An item larger than the budget was a guest: it leaves when its last user does.
+        self._see_guests_off()
+
+    def _see_guests_off(self) -> None:
+        """An item larger than the budget was a guest: it leaves when its last user has, and has been filled."""
         if self.num_bytes > self.max_bytes:
             self._evict_down_to(self.max_bytes)
 

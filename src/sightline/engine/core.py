@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
+from sightline.engine.encode_queue import EncodeQueue
 from sightline.engine.grammar import GrammarCompiler, wait_for_any
 from sightline.engine.request import Request
 from sightline.engine.scheduler import Batch, ScheduledRow, Scheduler
@@ -47,10 +48,13 @@ class Runner(Protocol):
         """Sampling state of one choice."""
 
     def new_pixels(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Host memory from which `encode` copies fast."""
+        """Host memory from which `encoding` copies fast."""
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> list[Any]:
-        """Features of each picture, to be kept in the vision cache."""
+    def encoding(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> Any:
+        """A `sightline.models.Encoding` of pictures, whose features are to be kept in the vision cache."""
+
+    def slice_flops(self) -> float | None:
+        """See `PictureRunner`."""
 
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Any:
         """Compute the rows and write their K/V; returns the step. A decode row's token may still be in flight."""
@@ -97,6 +101,7 @@ class EngineCore:
         self.grammars = grammars
         self.stats = EngineStats(pages_total=scheduler.pool.num_total)
         self.stalled = False
+        self._pictures = EncodeQueue(runner, scheduler.wants)
         self._requests: dict[tuple[str, int], Request] = {}
         self._compiling: list[Request] = []
         self._flight: _Flight | None = None
@@ -266,39 +271,28 @@ class EngineCore:
 
     def _encode(self, batch: Batch) -> list[TokenEvent]:
         """Fill the vision cache. A picture that cannot be encoded ends the requests that hold it, and leaves the batch."""
-        if not batch.encode:
+        if batch.encode:
+            self.stats.images_encoded += len(batch.encode)
+            self._pictures.add(batch.encode, [self.scheduler.pixels.pop(image.digest) for image in batch.encode])
+        if not self._pictures:
             return []
-        self.stats.images_encoded += len(batch.encode)
-        try:
-            self._fill(batch.encode)
-            return []
-        except Exception as error:
-            _reraise_if_fatal(error)
-            logger.exception("%d pictures could not be encoded together; they are tried one by one", len(batch.encode))
-        events = []
-        for image in batch.encode:
-            holders = [r for r in self._requests.values() if image.digest in r.pinned]
-            try:
-                if holders:
-                    self._fill([image])
-            except Exception as error:
-                _reraise_if_fatal(error)
-                events += [self._fail(request, error) for request in holders]
-            # also when its holders failed for another picture of theirs
-            self.scheduler.vision_cache.discard_unfilled(image.digest)
-        num_decode = sum(not row.request.finished for row in batch.rows[: batch.num_decode])
-        batch.rows = [row for row in batch.rows if not row.request.finished]
-        batch.num_decode = num_decode
-        return events
-
-    def _fill(self, images: Sequence[ImageRef]) -> None:
-        scheduler = self.scheduler
         began = self._clock()
-        features = self.runner.encode(images, [scheduler.pixels[image.digest] for image in images])
-        for image, value in zip(images, features, strict=True):
-            scheduler.vision_cache.fill(image.digest, value)
-            del scheduler.pixels[image.digest]
+        events = []
+        for done in self._pictures.advance(batch.needed, batch.num_decode > 0):
+            if done.features is not None:
+                self.scheduler.vision_cache.fill(done.image.digest, done.features)
+                continue
+            if done.error is not None:
+                _reraise_if_fatal(done.error)
+                holders = [r for r in self._requests.values() if done.image.digest in r.pinned]
+                events += [self._fail(request, done.error) for request in holders]
+            self.scheduler.vision_cache.discard_unfilled(done.image.digest)
         self.stats.encode_seconds.observe(self._clock() - began)
+        if events:
+            num_decode = sum(not row.request.finished for row in batch.rows[: batch.num_decode])
+            batch.rows = [row for row in batch.rows if not row.request.finished]
+            batch.num_decode = num_decode
+        return events
 
     def _launched(self, rows: Sequence[ScheduledRow]) -> None:
         for row in rows:

@@ -191,7 +191,6 @@ class Executor:
         """Packed rows that are placeholders, and their features."""
         if not pictures:
             return None, None
-        self.encoder.wait_for({part.digest for part in pictures})
         where = np.concatenate([np.arange(part.end - part.start) + part.row for part in pictures])
         features = torch.cat([self.features(part.digest)[part.start : part.end] for part in pictures])
         return self._to_device(where, torch.int64), features
@@ -200,7 +199,6 @@ class Executor:
         """Rows that see the same pictures share a group."""
         if not seen:
             return None
-        self.encoder.wait_for({digest for group in seen for digest in group.digests})
         index = np.concatenate([group.rows for group in seen])
         groups = [PictureGroup(len(group.rows), tuple(map(self.features, group.digests))) for group in seen]
         in_order = len(index) == num_rows and bool((index == np.arange(num_rows)).all())

@@ -26,7 +26,7 @@ from sightline.engine.encoder import Encoder
 from sightline.engine.executor import Executor, GraphSizes
 from sightline.engine.grammar import GrammarCompiler
 from sightline.engine.memory import PAGE_SIZE, max_running_requests, module_bytes, plan_memory
-from sightline.engine.peak import largest_picture, measure_peak, step_cache
+from sightline.engine.peak import encoder_rate, largest_picture, measure_peak, step_cache
 from sightline.engine.runner import ModelRunner
 from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import Scheduler, SchedulerConfig
@@ -99,8 +99,8 @@ def build_executor(
         if group.size > 1:
             device = torch.device("cuda", group.rank)
             torch.cuda.set_device(device)
-        # Everything of this thread: beside it, the encoder's stream gives way.
-        torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
+        # not the default one, which cannot be captured
+        torch.cuda.set_stream(torch.cuda.Stream(device))
         # what an earlier engine of this process left
         gc.collect()
         torch.cuda.empty_cache()
@@ -122,7 +122,7 @@ def build_executor(
         group,
         cache=step_cache(model.kv_spec, _max_step(config, device), dtype, device),
         backend=_backend(config.attention_backend, device),
-        encoder=Encoder(model, device, background=overlap, graphs=overlap and not config.disable_cuda_graph),
+        encoder=Encoder(model, device),
         device=device,
         features=VisionCache(0).get,
     )
@@ -191,7 +191,7 @@ def _build_core(
         pool,
         None if config.disable_radix_cache else RadixCache(pool, PAGE_SIZE),
         vision_cache,
-        runner.features_ready if overlap else lambda digest: True,
+        encode_beside=device.type == "cuda",
     )
     core = EngineCore(
         scheduler,
@@ -228,7 +228,8 @@ def _mixed_tokens(model_dir: Path, hf_config: dict) -> int:
 
 
 def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, max_running: int) -> int:
-    """Bytes of one step's activations; 0 on a CPU, where they are small and nothing is reserved."""
+    """Bytes of one step's activations; 0 on a CPU, where they are small and nothing is reserved. On a GPU the encoder learns how
+    fast it is, too."""
     if runner.executor.device.type == "cpu":
         return 0
     largest = largest_picture(FAMILIES[architecture(hf_config)].processor, model_dir)
@@ -236,6 +237,8 @@ def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, 
     if largest is not None and largest.scale == 1.0:
         num_pictures = max(1, min(max_step, _MAX_ENCODE_TOKENS) // max(runner.num_features(largest.image), 1))
     peak = measure_peak(runner, largest, num_pictures, max_step=max_step, max_running=max_running)
+    if largest is not None:
+        runner.executor.encoder.flops_per_second = encoder_rate(runner, largest)
     torch.cuda.empty_cache()
     return peak
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,12 +80,7 @@ def measure_peak(
 
     def encode() -> None:
         assert largest is not None
-        source = runner.new_pixels(largest.pixels.array.shape, np.uint8)
-        source[:] = largest.pixels.array
-        pixels = largest.pixels._replace(array=source)
-        runner.encode([largest.image] * num_pictures, [pixels] * num_pictures)
-        if runner.workers is not None:
-            runner.workers.forget(largest.image.digest)
+        _encode(runner, largest, num_pictures)
 
     def run(requests: Sequence[Request]) -> None:
         launched = runner.forward([ScheduledRow(r, 0, r.prompt_len, True) for r in requests], 0)
@@ -100,6 +96,27 @@ def measure_peak(
 
     pictures = int(largest.scale * _peak(device, encode)) if largest is not None else 0
     return pictures + max(_peak(device, step), _peak(device, sample))
+
+
+def encoder_rate(runner: ModelRunner, largest: Largest) -> float:
+    """Floating-point operations a second of the vision tower, once its kernels are compiled."""
+    with torch.inference_mode():
+        torch.cuda.synchronize(runner.executor.device)
+        began = time.perf_counter()
+        flops = _encode(runner, largest, 1)
+        torch.cuda.synchronize(runner.executor.device)
+    return flops / (time.perf_counter() - began)
+
+
+def _encode(runner: ModelRunner, largest: Largest, num_pictures: int) -> float:
+    """Its floating-point operations."""
+    source = runner.new_pixels(largest.pixels.array.shape, np.uint8)
+    source[:] = largest.pixels.array
+    pixels = largest.pixels._replace(array=source)
+    flops = sum(runner.encoding([largest.image] * num_pictures, [pixels] * num_pictures))
+    if runner.workers is not None:
+        runner.workers.forget(largest.image.digest)
+    return flops
 
 
 def _request(runner: ModelRunner, num_tokens: int, params: SamplingParams) -> Request:

@@ -17,6 +17,7 @@ from sightline.engine.rank_messages import (
     Allocate,
     Capture,
     Encode,
+    EncodePart,
     Forward,
     FreeMemory,
     Loaded,
@@ -27,8 +28,9 @@ from sightline.engine.rank_messages import (
 from sightline.engine.setup import EngineSetup
 from sightline.engine.workers import rendezvous, socket_path
 from sightline.errors import StartupError
+from sightline.models import Encoding
 from sightline.parallel import Group
-from sightline.types import Fatal, Pixels
+from sightline.types import Fatal, ImageRef, Pixels
 
 logger = logging.getLogger("sightline.engine")
 
@@ -56,6 +58,7 @@ class _Loop:
         self._executor = executor
         self._socket = socket
         self._features: dict[bytes, Tensor] = {}
+        self._encodings: dict[int, tuple[list[ImageRef], Encoding[list[Tensor]]]] = {}
         executor.features = self._features.__getitem__
 
     def run(self) -> None:
@@ -72,7 +75,9 @@ class _Loop:
                 executor.run(message.plan, None)
             case Encode():
                 self._forget(message.forgotten)
-                self._encode(message, frames)
+                self._begin_encoding(message, frames)
+            case EncodePart():
+                self._encode_part(message.number)
             case TellMemory():
                 self._socket.send(encode(FreeMemory(_free_memory(executor.device))))
             case Allocate():
@@ -84,20 +89,26 @@ class _Loop:
         for digest in digests:
             self._features.pop(digest, None)
 
-    def _encode(self, message: Encode, frames: Sequence[memoryview]) -> None:
+    def _begin_encoding(self, message: Encode, frames: Sequence[memoryview]) -> None:
         encoder = self._executor.encoder
         pixels = []
         for frame, shape, views in zip(frames, message.shapes, message.views, strict=True):
             array = encoder.new_pixels(shape, np.uint8)
             array.reshape(-1)[:] = np.frombuffer(frame, np.uint8)
             pixels.append(Pixels(array, views))
+        self._encodings[message.number] = message.images, encoder.encoding(message.images, pixels)
+
+    def _encode_part(self, number: int) -> None:
+        images, encoding = self._encodings[number]
         try:
-            features = encoder.encode(message.images, pixels)
+            next(encoding)
+            return
+        except StopIteration as end:
+            self._features.update((image.digest, value) for image, value in zip(images, end.value, strict=True))
         except Exception:
             # as on rank 0, which then does not ask for their features
-            logger.exception("%d pictures could not be encoded", len(pixels))
-            return
-        self._features.update((image.digest, value) for image, value in zip(message.images, features, strict=True))
+            logger.exception("%d pictures could not be encoded", len(images))
+        del self._encodings[number]
 
 
 def _free_memory(device: torch.device) -> int:

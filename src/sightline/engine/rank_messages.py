@@ -31,15 +31,23 @@ class Capture(msgspec.Struct, tag=True):
 
 
 class Encode(msgspec.Struct, tag=True):
-    """Encode pictures and keep their features. A frame for the uint8 pixels of each picture follows, of these shapes and views.
+    """Pictures to be encoded, by `EncodePart`s with this number. A frame for the uint8 pixels of each picture follows, of these
+    shapes and views.
 
     forgotten: pictures whose features are needed no more, dropped first.
     """
 
     forgotten: list[bytes]
+    number: int
     images: list[ImageRef]
     shapes: list[tuple[int, ...]]
     views: list[tuple[View, ...]]
+
+
+class EncodePart(msgspec.Struct, tag=True):
+    """The next part of an encoding; keep the features when it was the last."""
+
+    number: int
 
 
 class Forward(msgspec.Struct, tag=True):
@@ -59,7 +67,7 @@ class FreeMemory(msgspec.Struct, tag=True):
     num_bytes: int
 
 
-ToRank = TellMemory | Allocate | Capture | Encode | Forward
+ToRank = TellMemory | Allocate | Capture | Encode | EncodePart | Forward
 FromRank = Loaded | FreeMemory | Fatal
 
 

@@ -20,7 +20,11 @@ from sightline.engine.request import Request
 from sightline.engine.sampler import Draw, Sampler, SamplingState
 from sightline.engine.scheduler import ScheduledRow
 from sightline.engine.workers import Workers
+from sightline.models import Encoding
 from sightline.types import ImageRef, Pixels, SamplingParams
+
+# Of the encoder's work between two steps that decode: less than such a step takes while prompts come in.
+_SLICE_SECONDS = 0.015
 
 
 @dataclass(eq=False)
@@ -67,11 +71,15 @@ class ModelRunner:
         """See `Encoder.new_pixels`."""
         return self.executor.encoder.new_pixels(shape, dtype)
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Pixels]) -> list[Tensor]:
-        """See `Encoder.encode`."""
-        if self.workers is not None:
-            self.workers.encode(images, pixels)
-        return self.executor.encoder.encode(images, pixels)
+    def encoding(self, images: Sequence[ImageRef], pixels: Sequence[Pixels]) -> Encoding[list[Tensor]]:
+        """See `Encoder.encoding`."""
+        parts = self.executor.encoder.encoding(images, pixels)
+        return parts if self.workers is None else self.workers.encoding(images, pixels, parts)
+
+    def slice_flops(self) -> float | None:
+        """Of the encoder between two steps of decoding."""
+        rate = self.executor.encoder.flops_per_second
+        return None if rate is None else rate * _SLICE_SECONDS
 
     def allocate(self, num_pages: int) -> None:
         """See `Executor.allocate`."""
@@ -89,10 +97,6 @@ class ModelRunner:
         """Features that a picture has in the vision cache."""
         executor = self.executor
         return executor.model.num_features(image.grid) if executor.cross_attention else image.num_tokens
-
-    def features_ready(self, digest: bytes) -> bool:
-        """For the scheduler: whether a step could use the picture without waiting for the encoder."""
-        return self.vision_cache.is_filled(digest) and self.executor.encoder.is_done(digest)
 
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Step:
         """Launch the decoder over all rows packed; logits for the rows that reach their newest token."""

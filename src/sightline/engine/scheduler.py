@@ -33,10 +33,12 @@ class ScheduledRow(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """One step. Decode rows stand first in `rows`; `encode` lists the pictures to put into the vision cache before it."""
+    """One step. Decode rows stand first in `rows`; `encode` lists the pictures to be put into the vision cache, and `needed` the
+    digests of those without which this step cannot run."""
 
     rows: list[ScheduledRow] = field(default_factory=list)
     encode: list[ImageRef] = field(default_factory=list)
+    needed: set[bytes] = field(default_factory=set)
     num_decode: int = 0
     num_new_requests: int = 0
     num_new_tokens: int = 0
@@ -66,8 +68,7 @@ class SchedulerConfig:
 class Scheduler:
     """Owns the life of requests between `add` and `finish`, and every page and pin they hold.
 
-    features_ready: whether a picture's features could be used without waiting for the encoder. While others decode, a
-    prompt waits for its picture; an encoder that runs inside the step is always ready.
+    encode_beside: while others decode, a prompt waits for its pictures, which are encoded in slices between the steps.
     """
 
     def __init__(
@@ -76,13 +77,13 @@ class Scheduler:
         pool: PagePool,
         radix: RadixCache | None,
         vision_cache: VisionCache,
-        features_ready: Callable[[bytes], bool] = lambda digest: True,
+        encode_beside: bool = False,
     ) -> None:
         self.config = config
         self.pool = pool
         self.radix = radix
         self.vision_cache = vision_cache
-        self.features_ready = features_ready
+        self.encode_beside = encode_beside
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.pixels: dict[bytes, object] = {}
@@ -102,9 +103,13 @@ class Scheduler:
         self.waiting.append(request)
         self._wanted.update(image.digest for image in request.images)
 
+    def wants(self, digest: bytes) -> bool:
+        """Whether a request that lives has this picture."""
+        return digest in self._wanted
+
     def put_pixels(self, digest: bytes, pixels: object) -> None:
         """Keep a picture's pixels until it is encoded or nobody wants it any more."""
-        if self._wanted[digest] and not self.vision_cache.contains(digest):
+        if self.wants(digest) and not self.vision_cache.contains(digest):
             self.pixels[digest] = pixels
         for request in (*self.waiting, *self.running):
             request.asked_pixels.discard(digest)
@@ -316,6 +321,7 @@ class Scheduler:
             if not (self._hold_features(batch, request, group) and self._may_use(batch, group)):
                 end = max(start, group[0].offset)
                 break
+            batch.needed.update(i.digest for i in group if not self.vision_cache.is_filled(i.digest))
         q_len = end - start
         if q_len == 0:
             return 0
@@ -347,7 +353,8 @@ class Scheduler:
         return True
 
     def _may_use(self, batch: Batch, group: Sequence[ImageRef]) -> bool:
-        return not batch.num_decode or all(self.features_ready(image.digest) for image in group)
+        waits = self.encode_beside and batch.num_decode
+        return not waits or all(self.vision_cache.is_filled(image.digest) for image in group)
 
     def _can_encode(self, batch: Batch, request: Request, absent: Sequence[ImageRef], group: Collection[bytes]) -> bool:
         """Whether pixels, this step's encoder budget and the vision cache allow to encode `absent`."""

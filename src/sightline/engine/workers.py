@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import zmq
+from torch import Tensor
 
 from sightline.engine.executor import GraphSizes, StepPlan
 from sightline.engine.rank_messages import (
     Allocate,
     Capture,
     Encode,
+    EncodePart,
     Forward,
     FreeMemory,
     FromRank,
@@ -29,6 +31,7 @@ from sightline.engine.rank_messages import (
     encode,
 )
 from sightline.errors import RankError, startup_error
+from sightline.models import Encoding
 from sightline.parallel import Group
 from sightline.types import Fatal, ImageRef, Pixels
 
@@ -65,6 +68,7 @@ class Workers:
         self._sockets: list[zmq.Socket[bytes]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._forgotten: list[bytes] = []
+        self._num_encodings = 0
         self._closing = False
         for rank in range(1, group.size):
             socket = self._context.socket(zmq.PAIR)
@@ -96,12 +100,24 @@ class Workers:
         """See `Executor.capture`."""
         self._tell(Capture(sizes))
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Pixels]) -> None:
-        """Let them encode pictures, and keep the features until `forget`."""
-        message = Encode(
-            self._take_forgotten(), list(images), [p.array.shape for p in pixels], [p.views for p in pixels]
-        )
+    def encoding(
+        self, images: Sequence[ImageRef], pixels: Sequence[Pixels], mine: Encoding[list[Tensor]]
+    ) -> Encoding[list[Tensor]]:
+        """Let them encode pictures part by part beside rank 0, whose own encoding is `mine`, and keep the features until
+        `forget`."""
+        self._num_encodings += 1
+        number = self._num_encodings
+        shapes, views = [p.array.shape for p in pixels], [p.views for p in pixels]
+        message = Encode(self._take_forgotten(), number, list(images), shapes, views)
         self._tell(message, *(p.array.reshape(-1).data for p in pixels))
+        while True:
+            self._tell(EncodePart(number))
+            try:
+                flops = next(mine)
+            except StopIteration as end:
+                features: list[Tensor] = end.value
+                return features
+            yield flops
 
     def forget(self, digest: bytes) -> None:
         """They drop these features before they do anything else."""

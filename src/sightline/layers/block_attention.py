@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -25,6 +25,13 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int,
         out = scaled_dot_product_attention(*blocks).transpose(1, 2)
         outputs.append(out.reshape(-1, q.shape[1] * q.shape[2]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def block_flops(block: nn.Module, width: int, groups: Sequence[tuple[int, int]]) -> float:
+    """Floating-point operations of a transformer block over such blocks of rows: two for each row and weight, and four for each
+    pair of rows that see each other and each of the `width` columns of all heads."""
+    weights = sum(parameter.numel() for parameter in block.parameters())
+    return float(sum(count * rows * (2 * weights + 4 * rows * width) for count, rows in groups))
 
 
 def _slices(groups: Sequence[tuple[int, int]]) -> list[tuple[int, slice]]:

@@ -15,10 +15,8 @@ A model class `M(nn.Module)` named in `registry.py` provides:
                                              for each tensor that the checkpoint holds, see `layers.parameter`
     uses_mrope: bool                         whether `forward` wants positions [3, T] (multimodal rotary) or [T]
     kv_spec -> KVSpec                        what the engine allocates per token, for this rank's heads
-    encode_images(pixels, grids) -> [Tensor] pixels: list of uint8 [H, W, 3] on the device; grids: list of (t, h, w);
-                                             returns one [num_tokens, hidden] tensor for each picture
-    static_encoder: bool                     whether `encode_images` does nothing on the host but launch, the same for equal
-                                             shapes and grids, so that a CUDA graph can repeat it (False if absent)
+    encoding(pixels, grids) -> Encoding      pixels: list of uint8 [H, W, 3] on the device; grids: list of (t, h, w); the work
+                                             in parts, which returns one [num_tokens, hidden] tensor for each picture
     embed(input_ids, image_rows, features)   input_ids [T]; image_rows: int64 [N] rows of T that are placeholders (None
                                              without pictures); features: [N, hidden]; asserts the counts; -> [T, hidden]
     forward(hidden, positions, ctx, rows)    hidden [T, hidden]; positions int64 [3, T] for multimodal rotary, [T] else;
@@ -26,9 +24,10 @@ A model class `M(nn.Module)` named in `registry.py` provides:
                                              only these, [S, hidden]: a prompt's last layer need not finish all its tokens
     logits(hidden)                           [S, hidden] -> [S, vocab]
 
-Text-only models lack `encode_images`. A model whose pictures stand beside the text instead of in it also has
+Text-only models lack `encoding`; others get `encode_images`, all of it at once, from `EncodesImages`. A model whose pictures
+stand beside the text instead of in it also has
 
-    cross_attention = True                   then `encode_images` returns [layers, 2, features, num_kv_heads, head_dim], keys
+    cross_attention = True                   then an `Encoding` returns [layers, 2, features, num_kv_heads, head_dim], keys
                                              and values of this rank's heads; `embed` gets no image_rows; `forward` finds in `ctx.cross` which
                                              rows see which pictures
     num_features(grid) -> int                features of a picture
@@ -39,7 +38,16 @@ No model knows pages, requests or processes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_Result = TypeVar("_Result")
+# Each `next` launches a part, such as one layer, and gives the floating-point operations in it; so a large picture can give way
+# to decoding. The value that it returns is the result.
+Encoding = Generator[float, None, _Result]
 
 
 class KVSpec(NamedTuple):
@@ -48,3 +56,25 @@ class KVSpec(NamedTuple):
     num_layers: int
     num_kv_heads: int
     head_dim: int
+
+
+def drain(encoding: Encoding[_Result]) -> _Result:
+    """All parts, one after the other."""
+    while True:
+        try:
+            next(encoding)
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
+
+
+class EncodesImages:
+    """What a model with `encoding` gets for those who want it whole."""
+
+    def encoding(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> Encoding[list[Tensor]]:
+        """See the contract above."""
+        raise NotImplementedError
+
+    def encode_images(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+        """Features of each picture."""
+        return drain(self.encoding(pixels, grids))

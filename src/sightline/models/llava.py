@@ -23,7 +23,7 @@ from sightline.attention.backend import ForwardContext
 from sightline.layers.activation import ACTIVATIONS
 from sightline.layers.embedding import OutputHead, place_features
 from sightline.layers.linear import Linear
-from sightline.models import KVSpec
+from sightline.models import EncodesImages, Encoding, KVSpec
 from sightline.models.config import Fields, refuse_quantization
 from sightline.models.decoder import TEXT_DEFAULTS, AroundDecoder, Decoder, DecoderConfig, text_config
 from sightline.models.vit import VisionTower, VitConfig
@@ -215,11 +215,10 @@ class Projector(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
-class LlavaForConditionalGeneration(nn.Module):
+class LlavaForConditionalGeneration(EncodesImages, nn.Module):
     """See the contract in `sightline.models`."""
 
     config_class = LlavaConfig
-    static_encoder = True
     uses_mrope = False
 
     def __init__(self, config: LlavaConfig, group: Group = SOLO) -> None:
@@ -277,12 +276,12 @@ class LlavaForConditionalGeneration(nn.Module):
         """What the cache holds for each token."""
         return self.model.kv_spec
 
-    def encode_images(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    def encoding(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> Encoding[list[Tensor]]:
         """pixels: uint8 [1 + tiles, S, S, 3] each, on the device, the square view first; grids: see `Grid`. Returns
         [side^2 + height * (width + 1), hidden] each (height and width as shrunk to `max_tiles`)."""
         if not pixels:
             return []
-        features = self.multi_modal_projector(self.vision_tower(torch.cat(list(pixels))))
+        features = self.multi_modal_projector((yield from self.vision_tower(torch.cat(list(pixels)))))
         parts = features.split([p.shape[0] for p in pixels])
         return [self._pack(part, grid) for part, grid in zip(parts, grids, strict=True)]
 

@@ -22,7 +22,7 @@ from sightline.layers.linear import Linear, MergedLinear, RowLinear
 from sightline.layers.norm import RMSNorm
 from sightline.layers.normed import normed_swiglu
 from sightline.layers.rotary import Rotary
-from sightline.models import KVSpec
+from sightline.models import EncodesImages, Encoding, KVSpec
 from sightline.models.config import Fields, refuse_quantization
 from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig, DecoderLayer, DecoderMLP
 from sightline.models.mllama_vision import Grid, MllamaVisionConfig, VisionTower, gate
@@ -175,7 +175,7 @@ class MllamaDecoder(Decoder):
         return out
 
 
-class MllamaForConditionalGeneration(nn.Module):
+class MllamaForConditionalGeneration(EncodesImages, nn.Module):
     """See the contract in `sightline.models`."""
 
     config_class = MllamaConfig
@@ -220,10 +220,11 @@ class MllamaForConditionalGeneration(nn.Module):
         """Tokens of a picture of (aspect ratio id, rows, columns)."""
         return grid[1] * grid[2] * self.config.vision.tokens_per_tile
 
-    def encode_images(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    def encoding(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> Encoding[list[Tensor]]:
         """pixels: uint8 [tiles, S, S, 3] each, on the device; grids: (aspect ratio id, rows, columns). Returns keys and
         values [cross layers, 2, tiles * tokens, num_kv_heads, head_dim] each."""
-        return [self.model.encode(self.multi_modal_projector(s)) for s in self.vision_model(pixels, grids)]
+        states = yield from self.vision_model(pixels, grids)
+        return [self.model.encode(self.multi_modal_projector(s)) for s in states]
 
     def embed(self, input_ids: Tensor, image_rows: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """input_ids int64 [T] -> [T, hidden]. Placeholders have an embedding of their own: nothing is merged."""

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from sightline.layers.activation import ACTIVATIONS
+from sightline.layers.block_attention import block_flops
 from sightline.layers.linear import Linear, MergedLinear
 from sightline.layers.norm import LayerNorm
 from sightline.layers.parameter import Slot
+from sightline.models import Encoding
 from sightline.models.config import Fields
 
 # (aspect ratio id, rows, columns)
@@ -284,13 +286,14 @@ class VisionEncoder(nn.Module):
 
     def forward(
         self, x: Tensor, num_own: int, key_bias: Tensor | None, keep: Sequence[int] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> Encoding[tuple[Tensor, list[Tensor]]]:
         """x [B, N, E] -> the last state, and the states [B, num_own, E] *before* the layers `keep`, as Meta takes them."""
         kept: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
             if i in keep:
                 kept[i] = x[:, :num_own]
             x = layer(x, num_own, key_bias)
+            yield block_flops(layer, x.shape[2], [(x.shape[0], x.shape[1])])
         return x, [kept[i] for i in keep]
 
 
@@ -311,7 +314,7 @@ class VisionTower(nn.Module):
         self.global_transformer = VisionEncoder(config, config.num_global_layers, gated=True)
         self._equal_slots: dict[int, bool] = {}
 
-    def forward(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    def forward(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> Encoding[list[Tensor]]:
         """pixels: uint8 [tiles, S, S, 3] each; grids: (aspect ratio id, rows, columns) -> [tiles * tokens, output] each."""
         side = self.config.image_size
         for tiles, (ratio, rows, columns) in zip(pixels, grids, strict=True):
@@ -328,17 +331,20 @@ class VisionTower(nn.Module):
             layout = self._layout(num_tiles, shortened)
             for first in range(0, len(members), _MAX_BATCH):
                 chosen = members[first : first + _MAX_BATCH]
-                states = self._encode([pixels[i] for i in chosen], [grids[i][0] for i in chosen], num_tiles, layout)
+                ratios = [grids[i][0] for i in chosen]
+                states = yield from self._encode([pixels[i] for i in chosen], ratios, num_tiles, layout)
                 result.update(zip(chosen, states.unbind(), strict=True))
         return [result[i] for i in range(len(pixels))]
 
-    def _encode(self, pixels: Sequence[Tensor], ratios: Sequence[int], num_tiles: int, layout: _Layout) -> Tensor:
+    def _encode(
+        self, pixels: Sequence[Tensor], ratios: Sequence[int], num_tiles: int, layout: _Layout
+    ) -> Encoding[Tensor]:
         """Pictures of num_tiles tiles -> [B, num_own, output]."""
         num_own = num_tiles * self.config.tokens_per_tile
         x = torch.stack([self._embed(tiles, ratio, layout) for tiles, ratio in zip(pixels, ratios, strict=True)])
-        x, kept = self.transformer(x, num_own, layout.key_bias, self.config.intermediate_layers)
+        x, kept = yield from self.transformer(x, num_own, layout.key_bias, self.config.intermediate_layers)
         x = self.layernorm_post(x) + torch.stack([self._after(ratio, num_tiles, layout) for ratio in ratios])
-        x, _ = self.global_transformer(x, num_own, layout.key_bias)
+        x, _ = yield from self.global_transformer(x, num_own, layout.key_bias)
         # the kept states are interleaved: feature d of state k stands at width + d * len(kept) + k
         return torch.cat((x[:, :num_own], torch.stack(kept, dim=-1).flatten(-2)), dim=-1)
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sightline.layers.activation import silu_and_mul
+from sightline.layers.block_attention import block_flops
 from sightline.layers.linear import Linear, MergedLinear
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rotary import Rotary
+from sightline.models import Encoding
 from sightline.models.config import Fields
 from sightline.models.qwen2_vl import (
     Grid,
@@ -108,7 +110,9 @@ class WindowTower(VisionTower):
         self.window = config.window_size // (config.patch_size * config.spatial_merge_size)
         self.full_attention = config.full_attention
 
-    def _encode(self, x: Tensor, rotary: Rotary, grids: Sequence[Grid], groups: Sequence[tuple[int, int]]) -> Tensor:
+    def _encode(
+        self, x: Tensor, rotary: Rotary, grids: Sequence[Grid], groups: Sequence[tuple[int, int]]
+    ) -> Encoding[Tensor]:
         """See `VisionTower._encode`."""
         order, windows = self._windows(grids)
         cell = self.merge**2
@@ -117,7 +121,9 @@ class WindowTower(VisionTower):
         rotary = Rotary(rotary.cos.index_select(0, rows), rotary.sin.index_select(0, rows))
         pending = None
         for i, block in enumerate(self.blocks):
-            x, pending = block(x, pending, rotary, groups if i in self.full_attention else windows)
+            attended = groups if i in self.full_attention else windows
+            x, pending = block(x, pending, rotary, attended)
+            yield block_flops(block, x.shape[1], attended)
         return self.merger(x, pending).index_select(0, order.argsort().to(x.device))
 
     def _windows(self, grids: Sequence[Grid]) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -143,6 +149,4 @@ class Qwen2_5_VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     """See the contract in `sightline.models`."""
 
     config_class = Qwen2_5_VLConfig
-    # the order of windows is made on the host
-    static_encoder = False
     tower_class = WindowTower

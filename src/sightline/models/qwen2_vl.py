@@ -12,13 +12,13 @@ from torch.nn.functional import gelu
 
 from sightline.attention.backend import ForwardContext
 from sightline.layers.activation import ACTIVATIONS
-from sightline.layers.block_attention import block_attention
+from sightline.layers.block_attention import block_attention, block_flops
 from sightline.layers.embedding import OutputHead, place_features
 from sightline.layers.linear import Linear
 from sightline.layers.norm import LayerNorm, RMSNorm
 from sightline.layers.parameter import Slot
 from sightline.layers.rotary import Rotary, inverse_frequencies, rotate_heads, tables
-from sightline.models import KVSpec
+from sightline.models import EncodesImages, Encoding, KVSpec
 from sightline.models.config import Fields, refuse_quantization
 from sightline.models.decoder import AroundDecoder, Decoder, DecoderConfig
 from sightline.parallel import SOLO, Group
@@ -299,7 +299,7 @@ class VisionTower(nn.Module):
         frequencies = inverse_frequencies(config.rope_theta, config.embed_dim // config.num_heads // 2)
         self.register_buffer("inv_freq", frequencies, persistent=False)
 
-    def forward(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    def forward(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> Encoding[list[Tensor]]:
         """pixels: uint8 [H, W, 3] each; grids: (1, H / patch, W / patch). Returns [patches / merge^2, hidden] each."""
         for picture, (t, h, w) in zip(pixels, grids, strict=True):
             assert (t, *picture.shape[:2]) == (1, h * self.patch, w * self.patch), (
@@ -313,17 +313,21 @@ class VisionTower(nn.Module):
 
         x = self.patch_embed([pixels[i] for i in order])
         in_order = [grids[i] for i in order]
-        features = self._encode(x, self._rotary(in_order), in_order, groups).split([n // self.merge**2 for n in sizes])
+        encoded = yield from self._encode(x, self._rotary(in_order), in_order, groups)
+        features = encoded.split([n // self.merge**2 for n in sizes])
         result: list[Tensor] = [features[0]] * len(order)
         for place, rows in zip(order, features, strict=True):
             result[place] = rows
         return result
 
-    def _encode(self, x: Tensor, rotary: Rotary, grids: Sequence[Grid], groups: Sequence[tuple[int, int]]) -> Tensor:
+    def _encode(
+        self, x: Tensor, rotary: Rotary, grids: Sequence[Grid], groups: Sequence[tuple[int, int]]
+    ) -> Encoding[Tensor]:
         """x [N, E], patches of pictures of `grids` -> [N / merge^2, hidden]; groups as in `VisionAttention`."""
         pending = None
         for block in self.blocks:
             x, pending = block(x, pending, rotary, groups)
+            yield block_flops(block, x.shape[1], groups)
         return self.merger(x, pending)
 
     def _rotary(self, grids: Sequence[Grid]) -> Rotary:
@@ -343,12 +347,11 @@ class VisionTower(nn.Module):
         return torch.cat([ids * self.inv_freq for ids in blocks], dim=1)
 
 
-class Qwen2VLForConditionalGeneration(nn.Module):
+class Qwen2VLForConditionalGeneration(EncodesImages, nn.Module):
     """See the contract in `sightline.models`."""
 
     config_class = Qwen2VLConfig
     tower_class: type[nn.Module] = VisionTower
-    static_encoder = True
     uses_mrope = True
 
     def __init__(self, config: Qwen2VLConfig, group: Group = SOLO) -> None:
@@ -372,9 +375,9 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         """What the cache holds for each token."""
         return self.model.kv_spec
 
-    def encode_images(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    def encoding(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> Encoding[list[Tensor]]:
         """pixels: uint8 [H, W, 3] each, on the device; grids: (1, h, w) in patches. Returns [h w / merge^2, hidden] each."""
-        return self.visual(pixels, grids) if len(pixels) else []
+        return (yield from self.visual(pixels, grids)) if len(pixels) else []
 
     def embed(self, input_ids: Tensor, image_rows: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """input_ids int64 [T]; image_rows int64 [N] and features [N, hidden] of the placeholders -> [T, hidden]."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sightline.layers.activation import ACTIVATIONS
-from sightline.layers.block_attention import block_attention
+from sightline.layers.block_attention import block_attention, block_flops
 from sightline.layers.linear import Linear, MergedLinear
 from sightline.layers.norm import LayerNorm
 from sightline.layers.parameter import Slot
+from sightline.models import Encoding
 from sightline.models.config import Fields
 
 # Tiles encoded by one pass: enough to fill a device, few enough to bound the activations.
@@ -224,10 +225,11 @@ class VitEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(VitLayer(config) for _ in range(config.num_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Encoding[Tensor]:
         """x [t, N, E] -> [t, N, E]."""
         for layer in self.layers:
             x = layer(x)
+            yield block_flops(layer, x.shape[2], [(x.shape[0], x.shape[1])])
         return x
 
 
@@ -241,15 +243,18 @@ class VisionTower(nn.Module):
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps) if config.class_token else None
         self.encoder = VitEncoder(config)
 
-    def forward(self, tiles: Tensor) -> Tensor:
+    def forward(self, tiles: Tensor) -> Encoding[Tensor]:
         """tiles uint8 [t, S, S, 3] -> [t, features, E]: one feature for each patch, row by row."""
         size = self.config.image_size
         assert tiles.shape[1:] == (size, size, _CHANNELS), f"tiles {tuple(tiles.shape)} for a tower of {size} pixels"
-        return torch.cat([self._encode(part) for part in tiles.split(_MAX_BATCH)])
+        parts = []
+        for part in tiles.split(_MAX_BATCH):
+            parts.append((yield from self._encode(part)))
+        return torch.cat(parts)
 
-    def _encode(self, tiles: Tensor) -> Tensor:
+    def _encode(self, tiles: Tensor) -> Encoding[Tensor]:
         x = self.embeddings(tiles)
-        x = self.encoder(x if self.pre_layrnorm is None else self.pre_layrnorm(x))
+        x = yield from self.encoder(x if self.pre_layrnorm is None else self.pre_layrnorm(x))
         return x[:, 1:] if self.config.class_token and self.config.drop_class_token else x
 
     def has_slot(self, name: str) -> bool:

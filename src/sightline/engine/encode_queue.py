@@ -1,0 +1,107 @@
+"""Pictures that wait for the encoder. Beside decoding they are encoded in slices between the steps, so that nobody waits long for
+the next token however large a picture is; alone, at once."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from sightline.types import ImageRef
+
+logger = logging.getLogger("sightline.engine")
+
+
+class Encoded(NamedTuple):
+    """What became of a picture: its features, or why there are none (no error: nobody wanted it any more)."""
+
+    image: ImageRef
+    features: Any = None
+    error: Exception | None = None
+
+
+class PictureRunner(Protocol):
+    """What the queue needs of a model."""
+
+    def encoding(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> Any:
+        """A `sightline.models.Encoding` of these pictures."""
+
+    def slice_flops(self) -> float | None:
+        """How much of it may run between two steps of decoding; None for all."""
+
+
+@dataclass
+class _Job:
+    """Pictures that are encoded together. work: once it has begun. again: it failed before."""
+
+    images: list[ImageRef]
+    pixels: list[Any]
+    again: bool = False
+    work: Any = None
+    digests: set[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.digests = {image.digest for image in self.images}
+
+
+class EncodeQueue:
+    """First in, first out, but for pictures that a step cannot do without.
+
+    wanted: whether any request still holds a digest; a job nobody wants is dropped before it begins.
+    """
+
+    def __init__(self, runner: PictureRunner, wanted: Callable[[bytes], bool]) -> None:
+        self._runner = runner
+        self._wanted = wanted
+        self._jobs: deque[_Job] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def add(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> None:
+        """Pictures to be encoded together."""
+        self._jobs.append(_Job(list(images), list(pixels)))
+
+    def advance(self, needed: Collection[bytes], beside_decoding: bool) -> list[Encoded]:
+        """Encode all of `needed`, and beside decoding one slice of the others. Returns what is finished.
+
+        A job that fails is tried again, picture by picture.
+        """
+        done: list[Encoded] = []
+        limit = self._runner.slice_flops()
+        missing = set(needed)
+        spent = 0.0
+        while self._jobs:
+            job = next((job for job in self._jobs if job.digests & missing), None)
+            if job is None:
+                if not beside_decoding or (limit is not None and spent >= limit):
+                    break
+                job = self._jobs[0]
+            flops, results = self._part(job)
+            spent += flops
+            done += results
+            missing -= {result.image.digest for result in results}
+        return done
+
+    def _part(self, job: _Job) -> tuple[float, list[Encoded]]:
+        """Launch the next part of a job; what it finished, if it did."""
+        if job.work is None and not any(map(self._wanted, job.digests)):
+            self._jobs.remove(job)
+            return 0.0, [Encoded(image) for image in job.images]
+        try:
+            if job.work is None:
+                job.work = self._runner.encoding(job.images, job.pixels)
+            return next(job.work), []
+        except StopIteration as end:
+            self._jobs.remove(job)
+            return 0.0, [Encoded(image, value) for image, value in zip(job.images, end.value, strict=True)]
+        except Exception as error:
+            self._jobs.remove(job)
+            if job.again:
+                return 0.0, [Encoded(image, error=error) for image in job.images]
+            logger.exception("%d pictures could not be encoded; they are tried again one by one", len(job.images))
+            alone = [_Job([image], [pixels], again=True) for image, pixels in zip(job.images, job.pixels, strict=True)]
+            self._jobs.extendleft(reversed(alone))
+            return 0.0, []

@@ -116,7 +116,6 @@ def build_executor(
         on_progress=on_progress,
         group=group,
     )
-    overlap = _overlaps(config, device)
     return Executor(
         model,
         group,

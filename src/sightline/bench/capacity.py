@@ -42,6 +42,7 @@ H200 = Profile(
     max_step_tokens=8192,
     max_mixed_tokens=768,
     max_encode_tokens=1024,
+    slice_seconds=SLICE_SECONDS,
 )
 
 

@@ -26,7 +26,11 @@ from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import EngineCore, Sampled
 from sightline.engine.routing import Footprint, Method, Router, footprint
 from sightline.engine.scheduler import ScheduledRow, Scheduler, SchedulerConfig
+from sightline.models import Encoding
 from sightline.types import EngineRequest, ImageRef, NeedPixels, SamplingParams, TokenEvent, ids_to_bytes, summed
+
+# Layers of a vision tower.
+_PARTS = 32
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +56,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """A server: costs, and the sizes that its engine chose. source: where the figures come from.
 
     cores: processors that the engines, the HTTP process and the client of one machine share; None where an engine has a device
-    of its own. picture_tokens: placeholders whose features fit into the vision cache.
+    of its own. picture_tokens: placeholders whose features fit into the vision cache. slice_seconds: of the encoder's work between
+    two steps that decode, None where pictures are encoded inside the steps.
     """
 
     source: str
@@ -65,6 +70,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     max_encode_tokens: int
     page_size: int = 16
     cores: int | None = None
+    slice_seconds: float | None = None
 
 
 class Traffic(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,10 +177,12 @@ class _Host:
 
 
 class TimedModel:
-    """`Runner` without a model: it adds up what a step costs, and every token is 1."""
+    """`Runner` without a model: it adds up what a step costs, and every token is 1. slice: seconds of the encoder beside
+    decoding, None for all."""
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, slice: float | None = None) -> None:
         self._costs = costs
+        self._slice = slice
         self._spent = 0.0
 
     def take_spent(self) -> float:
@@ -188,10 +196,17 @@ class TimedModel:
     def new_pixels(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.zeros(shape, dtype)
 
-    def encode(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> list[Any]:
+    def encoding(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> Encoding[list[bool]]:
         c = self._costs
-        self._spent += sum(c.feature * i.num_tokens + c.feature_pair * i.num_tokens**2 for i in images)
+        seconds = sum(c.feature * i.num_tokens + c.feature_pair * i.num_tokens**2 for i in images)
+        for _ in range(_PARTS):
+            self._spent += seconds / _PARTS
+            yield seconds / _PARTS
         return [True] * len(images)
+
+    def slice_flops(self) -> float | None:
+        """Seconds, as what `encoding` yields."""
+        return self._slice
 
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> int:
         c = self._costs
@@ -221,9 +236,15 @@ class _Replica:
             max_mixed_tokens=profile.max_mixed_tokens,
         )
         radix = RadixCache(pool, profile.page_size)
-        self.model = TimedModel(profile.costs)
+        self.model = TimedModel(profile.costs, profile.slice_seconds)
         self.core = EngineCore(
-            Scheduler(config, pool, radix, VisionCache(profile.picture_tokens)),
+            Scheduler(
+                config,
+                pool,
+                radix,
+                VisionCache(profile.picture_tokens),
+                encode_beside=profile.slice_seconds is not None,
+            ),
             self.model,
             eos_token_ids=(),
             context_length=1 << 30,

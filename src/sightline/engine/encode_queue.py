@@ -13,6 +13,9 @@ from sightline.types import ImageRef
 
 logger = logging.getLogger("sightline.engine")
 
+# Between two steps that decode: less than such a step takes while prompts come in.
+SLICE_SECONDS = 0.015
+
 
 class Encoded(NamedTuple):
     """What became of a picture: its features, or why there are none (no error: nobody wanted it any more)."""

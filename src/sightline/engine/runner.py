@@ -14,6 +14,7 @@ from torch import Tensor
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import Sampled
 from sightline.engine.cuda_graph import HostStep
+from sightline.engine.encode_queue import SLICE_SECONDS
 from sightline.engine.executor import Executor, GraphSizes, PictureRows, SeenPictures, StepPlan
 from sightline.engine.pictures import views
 from sightline.engine.request import Request
@@ -22,9 +23,6 @@ from sightline.engine.scheduler import ScheduledRow
 from sightline.engine.workers import Workers
 from sightline.models import Encoding
 from sightline.types import ImageRef, Pixels, SamplingParams
-
-# Of the encoder's work between two steps that decode: less than such a step takes while prompts come in.
-_SLICE_SECONDS = 0.015
 
 
 @dataclass(eq=False)
@@ -79,7 +77,7 @@ class ModelRunner:
     def slice_flops(self) -> float | None:
         """Of the encoder between two steps of decoding."""
         rate = self.executor.encoder.flops_per_second
-        return None if rate is None else rate * _SLICE_SECONDS
+        return None if rate is None else rate * SLICE_SECONDS
 
     def allocate(self, num_pages: int) -> None:
         """See `Executor.allocate`."""

@@ -11,6 +11,7 @@ if COSTS and "sightline.engine.process" in getattr(sys, "orig_argv", []):
 
     from sightline.bench.simulate import Costs, TimedModel
     from sightline.engine.runner import ModelRunner
+    from sightline.models import drain
 
     model = TimedModel(msgspec.json.decode(COSTS, type=Costs))
 
@@ -26,5 +27,12 @@ if COSTS and "sightline.engine.process" in getattr(sys, "orig_argv", []):
 
         setattr(ModelRunner, name, wrapped)
 
-    timed("encode")
+    def timed_encoding(self, images, pixels, compute=ModelRunner.encoding):
+        began = time.monotonic()
+        features = drain(compute(self, images, pixels))
+        yield from model.encoding(images, pixels)
+        time.sleep(max(0.0, began + model.take_spent() - time.monotonic()))
+        return features
+
+    ModelRunner.encoding = timed_encoding
     timed("forward")

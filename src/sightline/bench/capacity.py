@@ -19,6 +19,7 @@ import msgspec
 from sightline.bench.plot import lines
 from sightline.bench.report import environment, table
 from sightline.bench.simulate import Costs, Forecast, Profile, Traffic, simulate
+from sightline.engine.encode_queue import SLICE_SECONDS
 
 METHODS = ("cache_aware", "round_robin", "shortest_queue")
 

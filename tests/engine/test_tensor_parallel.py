@@ -34,7 +34,6 @@ FAMILIES = {
     "Qwen2-VL": Family(tiny.qwen2_vl),
     "Qwen2.5-VL, tied": Family(functools.partial(qwen2_5_vl, tied=True), 0.0),
     "Llama 3.2 Vision": Family(functools.partial(tiny_mllama.mllama, shards=2)),
-    "Llama 3.2 Vision, no vision cache": Family(tiny_mllama.mllama, 0.0),
     "LLaVA 1.5, authors' layout": Family(
         functools.partial(tiny_llava.llava, "llava", layout="original", tower="beside", pad=True)
     ),
@@ -48,7 +47,6 @@ FAMILIES = {
             overrides={"num_key_value_heads": 1, "attention_bias": True, "vocab_size": tiny.VOCAB_SIZE + 1},
         )
     ),
-    "Mistral": Family(functools.partial(tiny_llava.text, "mistral")),
     "Qwen2, tied": Family(functools.partial(tiny_llava.text, "qwen2", tied=True)),
 }
 

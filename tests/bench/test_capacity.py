@@ -24,7 +24,7 @@ COSTS = Costs(step=20e-3, row=2e-3, token=0.05e-3, feature=0.5e-3)
 
 
 def profile(costs: Costs = COSTS, **sizes: int | None) -> Profile:
-    return msgspec.structs.replace(H200, costs=costs, max_mixed_tokens=None, **sizes)
+    return msgspec.structs.replace(H200, costs=costs, max_mixed_tokens=None, slice_seconds=None, **sizes)
 
 
 def ms(forecast: Forecast) -> float:

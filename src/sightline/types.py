@@ -44,6 +44,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: None means up to the context's end. temperature 0 is greedy. top_k 0 means off (-1 is accepted for off).
     logprobs: None is off, k >= 0 returns the chosen token's log-probability and the k most likely ones; they are taken
     from the model's own distribution, before penalties and temperature. n: answers for one prompt, one prefill for all.
+    prompt_logprobs: None is off, k >= 0 returns the same for the prompt's tokens from `prompt_logprobs_start` on, but for the
+    first of the prompt, which nothing comes before. The prefix cache does not serve what they follow.
     grammar: what every answer must look like; `prompt.grammar.check_grammar` is its check.
     """
 
@@ -64,6 +66,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
     n: int = 1
     grammar: Grammar | None = None
 
@@ -88,6 +92,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         require(0.0 < self.repetition_penalty <= 2.0, "repetition_penalty", "above 0 and at most 2")
         require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
+        require(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20")
+        require(0 <= self.prompt_logprobs_start < 2**31, "prompt_logprobs_start", "at least 0 and below 2**31")
         require(1 <= self.n <= 128, "n", "between 1 and 128")
         require(all(self.stop), "stop", "made of non-empty strings")
         require(
@@ -201,6 +207,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, tag=True):
     """New tokens of one choice. The last event of a choice carries `finish_reason`.
 
     num_cached_tokens: prompt tokens found in the prefix cache, set on a choice's first event and after.
+    prompt_logprobs: of the prompt's tokens, if asked for, on the first event of choice 0.
     stop_token_id: the end-of-sequence or stop id that ended it (also the last of `token_ids`), if one did.
     error: text for the server's log when finish_reason is `error`; never shown to a client.
     """
@@ -212,6 +219,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, tag=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
     error: str | None = None
 
 

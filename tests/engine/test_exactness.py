@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -116,6 +117,7 @@ class Answer:
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: list[Any] | None = None
     reason: FinishReason | None = None
     num_cached: int = 0
 
@@ -160,6 +162,9 @@ class Driver:
         answer.logprobs += event.logprobs or []
         answer.reason = event.finish_reason
         answer.num_cached = event.num_cached_tokens
+        if event.prompt_logprobs is not None:
+            assert answer.prompt_logprobs is None
+            answer.prompt_logprobs = event.prompt_logprobs
         assert event.error is None, event.error
 
     def run(self, between: Callable[[], None] = lambda: None) -> None:
@@ -258,6 +263,89 @@ def test_chunks_with_strangers():
     driver.run()
     for shape in SHAPES:
         check(driver.answers[shape, 0], make(*SHAPES[shape]))
+
+
+# -- the prompt's own log-probabilities ------------------------------------------------------------------------------------
+
+
+def scoring(start: int = 0, **more: Any) -> SamplingParams:
+    return msgspec.structs.replace(GREEDY, prompt_logprobs=3, prompt_logprobs_start=start, **more)
+
+
+def check_scores(answer: Answer, prompt: Prompt, start: int = 0) -> None:
+    """Equal to what transformers gives each of the prompt's tokens after those before it, and so is the answer."""
+    check(answer, prompt)
+    logprobs = oracle.transformers_logprobs(model_dir(), prompt.ids, prompt.pictures)
+    first = max(start, 1)
+    assert answer.prompt_logprobs is not None
+    assert [entry.token_id for entry in answer.prompt_logprobs] == prompt.ids[first:]
+    for row, entry in zip(logprobs[first - 1 :], answer.prompt_logprobs, strict=False):
+        assert abs(entry.logprob - row[entry.token_id].item()) < TOLERANCE
+        assert len(entry.top) == 3
+        for rank, (token, value) in enumerate(entry.top):
+            assert abs(value - row[token].item()) < TOLERANCE
+            assert abs(value - row.sort(descending=True).values[rank].item()) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_of_a_prompt(driver: Driver, shape: str) -> None:
+    prompt = make(*SHAPES[shape])
+    check_scores(driver.ask(prompt, scoring(), salt=next(salts)), prompt)
+
+
+def test_scores_with_a_prefix_that_is_cached(driver: Driver) -> None:
+    """Only what nothing scored follows comes from the cache, and what is computed again is not kept twice."""
+    prompt, salt = make(*SHAPES["two pictures"]), next(salts)
+    check(driver.ask(prompt, salt=salt), prompt)
+    last = len(prompt.ids) - 1
+    for start, cached in ((0, 0), (1, 0), (16, 0), (17, 16), (40, 32), (last, (last - 1) // 16 * 16)):
+        answer = driver.ask(prompt, scoring(start), salt=salt)
+        check_scores(answer, prompt, start)
+        assert answer.num_cached == cached
+    assert driver.ask(prompt, scoring(len(prompt.ids)), salt=salt).prompt_logprobs == []
+    assert driver.ask(prompt, salt=salt).num_cached == last // 16 * 16
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_scores_in_chunks_with_strangers(overlap: bool) -> None:
+    """Steps of five tokens, several prompts and their answers in each; another choice of the same prompt has the same beginning."""
+    driver = Driver(chunked_prefill_size=5)
+    driver.core.overlap = overlap
+    for shape in SHAPES:
+        driver.add(make(*SHAPES[shape]), shape, scoring(n=2))
+        driver.add(make(11, seed=7), f"stranger of {shape}")
+        for _ in range(3):
+            driver.step()
+    driver.run()
+    for shape in SHAPES:
+        check_scores(driver.answers[shape, 0], make(*SHAPES[shape]))
+        assert driver.answers[shape, 1].prompt_logprobs is None
+        check(driver.answers[shape, 1], make(*SHAPES[shape]))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_scores_of_a_prompt_that_is_set_back(driver: Driver, overlap: bool) -> None:
+    """While its prompt is computed, and while it answers; with pages of it in the prefix cache."""
+    prompt = make(*SHAPES["two pictures"])
+    driver.limit_step(11)
+    driver.core.overlap = overlap
+    try:
+        for at in range(1, 16, 3):
+            steps = 0
+
+            def retract(at: int = at) -> None:
+                nonlocal steps
+                steps += 1
+                if steps == at and driver.core.scheduler.running:
+                    driver.core.scheduler.retract(driver.core.scheduler.running[0])
+
+            name = f"set back at {at} {overlap}"
+            driver.add(prompt, name, scoring(), salt=next(salts))
+            driver.run(retract)
+            check_scores(driver.answers[name, 0], prompt)
+    finally:
+        driver.core.overlap = False
+        driver.limit_step(2048)
 
 
 # -- caches ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from tests.models.test_qwen2_5_vl import tiny_model as qwen2_5_vl
 
 TOLERANCE = 1e-4
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=4)
+SCORING = msgspec.structs.replace(GREEDY, prompt_logprobs=4)
 
 
 class Family(NamedTuple):
@@ -94,19 +96,23 @@ def everything(engine: Driver, asked: dict[str, Prompt]) -> dict[str, Any]:
     strangers that go away."""
     said: dict[str, Any] = {}
 
-    def run(way: str, salt: bytes, between: Callable[[], None] = lambda: None) -> None:
+    def run(
+        way: str, salt: bytes, between: Callable[[], None] = lambda: None, sampling: SamplingParams = GREEDY
+    ) -> None:
         for name, prompt in asked.items():
-            engine.add(prompt, f"{way}, {name}", GREEDY, salt)
+            engine.add(prompt, f"{way}, {name}", sampling, salt)
             engine.step()
         engine.run(between)
         for name in asked:
             answer = engine.answers[f"{way}, {name}", 0]
-            said[f"{way}, {name}"] = (answer.ids, answer.num_cached, answer.logprobs)
+            said[f"{way}, {name}"] = (answer.ids, answer.num_cached, (answer.prompt_logprobs or []) + answer.logprobs)
+            assert len(answer.prompt_logprobs or ()) == (0 if sampling is GREEDY else len(asked[name].ids) - 1)
 
     run("cold", b"a")
     run("cached", b"a")
     engine.limit_step(7)
     run("in chunks", b"b")
+    run("in chunks, scored", b"b", sampling=SCORING)
     steps = 0
 
     def retract() -> None:

@@ -13,7 +13,7 @@ from tests import tiny
 
 
 def answers(device: str) -> list[RequestOutput]:
-    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=0)
+    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
     conversations = [
         [
             {
@@ -36,5 +36,8 @@ def test_tokens_and_logprobs_equal_the_cpus() -> None:
         assert a.token_ids == b.token_ids
         assert a.logprobs is not None
         assert b.logprobs is not None
-        for x, y in zip(a.logprobs, b.logprobs, strict=True):
+        assert ours.prompt_logprobs
+        assert reference.prompt_logprobs
+        pairs = zip([*ours.prompt_logprobs, *a.logprobs], [*reference.prompt_logprobs, *b.logprobs], strict=True)
+        for x, y in pairs:
             assert abs(x.logprob - y.logprob) < 2e-3

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+import pytest
 import requests
 
 from tests.server.conformance import PICTURE_TOKENS, PNG, WORKS, Api, accepted, refused, row
@@ -16,6 +17,12 @@ from tests.server.conftest import OPERATOR, ask, data_url, image_part, picture
 COMPLETIONS, RESPONSES, EVENTS = "Completions", "Responses", "Responses: stream"
 MODELS, TOKENS, GENERATE, CONTROL = "Models", "Token counts", "SGLang: /generate", "SGLang: control and information"
 AT_COMPLETIONS, AT_RESPONSES = "/v1/completions", "/v1/responses"
+
+
+def near(value: float) -> Any:
+    """What a prefix out of the cache, or a chunk of another size, changes in a float's last bits."""
+    return pytest.approx(value, abs=1e-4)
+
 
 # -- completions -------------------------------------------------------------------------------------------------------
 
@@ -38,13 +45,50 @@ def _(api: Api) -> None:
     assert api.ok(AT_COMPLETIONS, **body)["usage"]["completion_tokens"] == 16
 
 
-@row(COMPLETIONS, "echo", WORKS, "not together with logprobs")
+@row(COMPLETIONS, "echo", WORKS, "the prompt in front of the answer")
 def _(api: Api) -> None:
     plain, echoed = (api.complete(echo=e)["choices"][0]["text"] for e in (False, True))
     assert echoed == "hello" + plain
     streamed = api.frames(AT_COMPLETIONS, prompt="hello", temperature=0, max_tokens=4, echo=True)
     assert "".join(c["choices"][0]["text"] for c in streamed[:-1]) == echoed
-    api.refused("logprobs", AT_COMPLETIONS, echo=True, logprobs=1)
+
+
+@row(COMPLETIONS, "echo with logprobs", WORKS, "those of the prompt too; with `max_tokens: 0` nothing else")
+def _(api: Api) -> None:
+    ids = api.ok("/tokenize", prompt="hello there")["tokens"]
+    whole = api.complete(prompt="hello there", echo=True, logprobs=2)
+    choice = whole["choices"][0]
+    plain = api.complete(prompt="hello there", logprobs=2)["choices"][0]
+    lists = choice["logprobs"]
+    assert {len(values) for values in lists.values()} == {len(ids) + 4}
+    assert (lists["token_logprobs"][0], lists["top_logprobs"][0]) == (None, None)
+    assert lists["tokens"][len(ids) :] == plain["logprobs"]["tokens"]
+    assert lists["text_offset"][len(ids) :] == [at + len("hello there") for at in plain["logprobs"]["text_offset"]]
+    assert lists["token_logprobs"][len(ids) :] == [near(value) for value in plain["logprobs"]["token_logprobs"]]
+    pairs = zip(lists["token_logprobs"][1:], lists["top_logprobs"][1:], strict=True)
+    assert all(value <= 0 and value in top.values() and 2 <= len(top) <= 3 for value, top in pairs)
+    for token, at in zip(lists["tokens"][: len(ids)], lists["text_offset"], strict=False):
+        assert choice["text"][at : at + len(token)] == token
+    for prompt in ("hello there", ids):
+        body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 0}
+        only = api.ok(AT_COMPLETIONS, **body)
+        assert only["choices"][0]["text"] == "hello there"
+        assert only["choices"][0]["finish_reason"] == "length"
+        read = only["choices"][0]["logprobs"]
+        assert read["tokens"] == lists["tokens"][: len(ids)]
+        assert read["token_logprobs"] == [None, *map(near, lists["token_logprobs"][1 : len(ids)])]
+        assert {len(values) for values in read.values()} == {len(ids)}
+        assert only["usage"]["completion_tokens"] == 0
+        *chunks, done = api.frames(AT_COMPLETIONS, **body)
+        assert done == "[DONE]"
+        assert [chunk["choices"][0]["text"] for chunk in chunks] == ["hello there"]
+        assert chunks[0]["choices"][0]["logprobs"]["tokens"] == read["tokens"]
+    many = api.complete(prompt=["hello there", "b"], echo=True, logprobs=0, n=2)["choices"]
+    assert [len(c["logprobs"]["tokens"]) - 4 for c in many] == [len(ids)] * 2 + [1] * 2
+    streamed = api.frames(AT_COMPLETIONS, prompt="hello there", temperature=0, max_tokens=4, echo=True, logprobs=2)
+    for name in ("tokens", "text_offset"):
+        assert [value for c in streamed[:-1] for value in c["choices"][0]["logprobs"][name]] == lists[name]
+    api.refused("max_tokens", AT_COMPLETIONS, max_tokens=0)
 
 
 @row(COMPLETIONS, "logprobs", WORKS, "0 to 5: tokens, token_logprobs, top_logprobs, text_offset")
@@ -478,7 +522,7 @@ def _(api: Api) -> None:
     assert {event["index"] for event in events} == {0, 1}
 
 
-@row(GENERATE, "return_logprob, top_logprobs_num", WORKS, "of the answer; of the prompt (logprob_start_len) refused")
+@row(GENERATE, "return_logprob, top_logprobs_num", WORKS, "of the answer")
 def _(api: Api) -> None:
     body = {"return_logprob": True, "top_logprobs_num": 2, "return_text_in_logprobs": True}
     meta = api.generate(**body)["meta_info"]
@@ -488,7 +532,48 @@ def _(api: Api) -> None:
     assert isinstance(token_id, int)
     assert isinstance(text, str)
     assert [len(top) for top in meta["output_top_logprobs"]] == [2] * 4
-    api.refused("logprob_start_len", "/generate", text="x", logprob_start_len=0)
+    assert meta["input_token_logprobs"] == meta["input_top_logprobs"] == []
+
+
+@row(
+    GENERATE,
+    "logprob_start_len",
+    WORKS,
+    "of the prompt, from there on; the first is null; `max_new_tokens: 0` reads only",
+)
+def _(api: Api) -> None:
+    ids = api.ok("/tokenize", prompt="hello there")["tokens"]
+    body = {"text": "hello there", "return_logprob": True, "top_logprobs_num": 2}
+    whole = api.generate(**body, logprob_start_len=0)["meta_info"]
+    echoed = api.complete(prompt="hello there", echo=True, logprobs=2)["choices"][0]["logprobs"]
+    assert [token for _, token, _ in whole["input_token_logprobs"]] == ids
+    values = [value for value, _, _ in whole["input_token_logprobs"]]
+    assert values == [None, *map(near, echoed["token_logprobs"][1 : len(ids)])]
+    assert whole["input_top_logprobs"][0] is None
+    whole_ids = [token for _, token, _ in whole["output_token_logprobs"]]
+    assert all(len(top) == 2 for top in whole["input_top_logprobs"][1:])
+    for start in (1, 5, len(ids) - 1, len(ids), 1000):
+        meta = api.generate(**body, logprob_start_len=start)["meta_info"]
+        expected = whole["input_token_logprobs"][start:]
+        assert [each[1:] for each in meta["input_token_logprobs"]] == [each[1:] for each in expected]
+        values = [value for value, *_ in meta["input_token_logprobs"]]
+        assert values == [None, *(near(value) for value, *_ in expected[1:])][: len(expected)]
+        assert [token for _, token, _ in meta["output_token_logprobs"]] == whole_ids
+    only = api.generate({"max_new_tokens": 0}, **body, logprob_start_len=0)
+    assert (only["text"], only["output_ids"], only["meta_info"]["output_token_logprobs"]) == ("", [], [])
+    values = [value for value, *_ in only["meta_info"]["input_token_logprobs"]]
+    assert values == [None, *(near(value) for value, *_ in whole["input_token_logprobs"][1:])]
+    assert (only["meta_info"]["completion_tokens"], only["meta_info"]["finish_reason"]["type"]) == (0, "length")
+    many = {"text": ["hello there", "b"], "return_logprob": True, "logprob_start_len": 0}
+    samplings = [{"max_new_tokens": 0}, {"max_new_tokens": 2, "ignore_eos": True}]
+    lengths = [
+        (len(a["meta_info"]["input_token_logprobs"]), len(a["output_ids"]))
+        for a in api.ok("/generate", **many, sampling_params=samplings)
+    ]
+    assert lengths == [(len(ids), 0), (1, 2)]
+    image = api.generate(text="hello", image_data=PNG, return_logprob=True, logprob_start_len=0)["meta_info"]
+    assert len(image["input_token_logprobs"]) == image["prompt_tokens"]
+    api.refused("logprob_start_len", "/generate", text="x", logprob_start_len=-2)
 
 
 @row(GENERATE, "rid", WORKS, "unique among running requests")

@@ -351,11 +351,13 @@ class EngineCore:
         self.stats.generated_tokens += 1
         if len(request.output_ids) == 1 and request.begun is not None:
             self.stats.prefill_seconds.observe(self._clock() - request.begun)
+        sampling = request.sampling
         fields: dict[str, Any] = {
             "token_ids": [sampled.token_id],
             "logprobs": None if sampled.logprob is None else [sampled.logprob],
         }
-        sampling = request.sampling
+        if sampling.prompt_logprobs is not None and request.index == 0 and len(request.output_ids) == 1:
+            fields["prompt_logprobs"] = request.prompt_logprobs
         # At its end a grammar allows nothing but the end of sequence.
         is_eos = sampled.token_id in self.eos_token_ids and not (sampling.ignore_eos and request.matcher is None)
         if is_eos or sampled.token_id in sampling.stop_token_ids:

@@ -15,6 +15,8 @@ from sightline.attention.cross import CrossAttentionBatch, PictureGroup
 from sightline.engine.cuda_graph import HostStep, StepGraphs
 from sightline.engine.encoder import Encoder, has_cross_attention
 from sightline.engine.memory import PAGE_SIZE
+from sightline.engine.prompt_logprobs import ScoredRows, score
+from sightline.engine.sampler import Logprobs
 from sightline.parallel import Group
 
 # Multiply-adds of one MLP matrix below which a CPU step runs on one thread.
@@ -41,13 +43,22 @@ class StepPlan(NamedTuple):
     """A step without its requests: all that a rank needs to compute it.
 
     num_newest: tokens that the step before sampled, which decode rows read on the device; 0 when none does. pictures: those in
-    the text; seen: those beside it.
+    the text; seen: those beside it. scored: rows behind which a prompt's own tokens are asked for.
     """
 
     host: HostStep
     num_newest: int
     pictures: list[PictureRows]
     seen: list[SeenPictures]
+    scored: list[ScoredRows]
+
+
+class StepOutput(NamedTuple):
+    """What a step launched. logits: [S, vocab] of the sampled rows, valid until the next step, or None without any. scores: those
+    of the plan's `scored`, in parts."""
+
+    logits: Tensor | None
+    scores: list[list[Logprobs]]
 
 
 class GraphSizes(NamedTuple):
@@ -128,9 +139,8 @@ class Executor:
             torch.set_num_threads(before)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, newest: Tensor | None) -> Tensor | None:
-        """Launch the decoder over all rows. Returns the logits [S, vocab] of the sampled ones, valid until the next call, or None
-        without any. newest: the tokens that the step before sampled, which only rank 0 knows."""
+    def run(self, plan: StepPlan, newest: Tensor | None) -> StepOutput:
+        """Launch the decoder over all rows. newest: the tokens that the step before sampled, which only rank 0 knows."""
         host = plan.host
         with self.threads(len(host.ids)):
             if plan.num_newest and self.group.size > 1:
@@ -141,19 +151,19 @@ class Executor:
             key = self._graph(plan)
             if self.graphs is not None and key is not None:
                 logits = self.graphs.run(key, host, newest, image_rows, features)
-                return logits if host.sampled else None
+                return StepOutput(logits if host.sampled else None, [])
             return self._launch(plan, newest, image_rows, features)
 
     def _graph(self, plan: StepPlan) -> tuple[int, int] | None:
-        """The graph of such a step, unless a row sees a picture beside the text."""
-        if self.graphs is None or plan.seen:
+        """The graph of such a step, unless a row sees a picture beside the text or is scored."""
+        if self.graphs is None or plan.seen or plan.scored:
             return None
         host = plan.host
         return self.graphs.key(len(host.ids), host.num_decode, len(host.q_lens), len(host.sampled))
 
     def _launch(
         self, plan: StepPlan, newest: Tensor | None, image_rows: Tensor | None, features: Tensor | None
-    ) -> Tensor | None:
+    ) -> StepOutput:
         """Kernel by kernel."""
         host = plan.host
         batch = AttentionBatch(
@@ -168,15 +178,15 @@ class Executor:
         self.backend.prepare(batch)
         ctx = ForwardContext(self.backend, self.cache, batch, self._cross_attention_batch(plan.seen, len(host.ids)))
         wanted = None
-        if len(host.sampled) < len(host.ids):
-            wanted = self._to_device(np.asarray(host.sampled), torch.int64)
+        num_sampled = len(host.sampled)
+        if plan.scored or num_sampled < len(host.ids):
+            sampled = np.asarray(host.sampled, dtype=np.int64)
+            wanted = self._to_device(np.concatenate([sampled, *(each.rows for each in plan.scored)]), torch.int64)
         positions = self._to_device(host.positions, torch.int64)
         hidden = self.model.embed(self._ids(host, newest), image_rows, features)
         hidden = self.model.forward(hidden, positions if self.model.uses_mrope else positions[0], ctx, wanted)
-        if not host.sampled:
-            return None
-        logits: Tensor = self.model.logits(hidden)
-        return logits
+        logits = self.model.logits(hidden[:num_sampled]) if num_sampled else None
+        return StepOutput(logits, score(self.model, hidden[num_sampled:], plan.scored))
 
     def _ids(self, host: HostStep, newest: Tensor | None) -> Tensor:
         ids = self._to_device(host.ids, torch.int64)

@@ -26,6 +26,7 @@ class OutputDelta:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     num_cached_tokens: int
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(slots=True)
@@ -42,13 +43,17 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A finished request: its choices and its token counts. `text` is the first choice's."""
+    """A finished request: its choices and its token counts. `text` is the first choice's.
+
+    prompt_logprobs: of the prompt's tokens, if asked for, but for its first.
+    """
 
     request_id: str
     outputs: list[CompletionOutput]
     num_prompt_tokens: int
     num_image_tokens: int
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
     def text(self) -> str:
@@ -63,6 +68,8 @@ class RequestOutput:
             out.logprobs = (out.logprobs or []) + delta.logprobs
         out.finish_reason = delta.finish_reason or out.finish_reason
         out.stop_reason = delta.stop_reason
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         self.num_cached_tokens = delta.num_cached_tokens if delta.index == 0 else self.num_cached_tokens
 
 
@@ -71,7 +78,9 @@ def joined(event: TokenEvent, following: TokenEvent) -> TokenEvent:
     logprobs = None
     if event.logprobs is not None or following.logprobs is not None:
         logprobs = (event.logprobs or []) + (following.logprobs or [])
-    return msgspec.structs.replace(following, token_ids=event.token_ids + following.token_ids, logprobs=logprobs)
+    token_ids = event.token_ids + following.token_ids
+    kept = event.prompt_logprobs
+    return msgspec.structs.replace(following, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=kept)
 
 
 class RequestDecoder:
@@ -146,4 +155,5 @@ class RequestDecoder:
             finish_reason=finish,
             stop_reason=stop_reason,
             num_cached_tokens=event.num_cached_tokens,
+            prompt_logprobs=event.prompt_logprobs,
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sightline.types import FinishReason, ImageRef, SamplingParams
+from sightline.types import FinishReason, ImageRef, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from sightline.cache.radix import Node
@@ -29,6 +29,7 @@ class Request:
     leader: the first choice of the same request; this one waits until the leader's prompt is in the prefix cache.
     start_by: when the request ends with a timeout if it has not begun. arrived, begun: when it came and when its first step ran.
     matcher: where the answer stands in its grammar; the request waits until it has started.
+    prompt_logprobs: of the prompt's tokens, as far as they are known, if they are asked for; one choice has them for all.
     """
 
     request_id: str
@@ -47,6 +48,7 @@ class Request:
     matcher: Matcher | None = None
 
     output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_in_flight: int = 0
     num_computed: int = 0
     num_cached: int = 0
@@ -87,6 +89,28 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def first_unscored(self) -> int:
+        """The first prompt token whose log-probability is asked for and not known; `prompt_len` when there is none.
+
+        Nothing comes before the first token, so it has none.
+        """
+        if self.sampling.prompt_logprobs is None or self.index:
+            return self.prompt_len
+        return min(max(self.sampling.prompt_logprobs_start, 1) + len(self.prompt_logprobs), self.prompt_len)
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens whose K/V may come from the prefix cache: what the next token, or one to be scored, follows is computed."""
+        first = self.first_unscored
+        return (self.num_tokens if first == self.prompt_len else first) - 1
+
+    def add_prompt_logprobs(self, first: int, entries: list[TokenLogprob]) -> None:
+        """Of the tokens from `first` on; a chunk that was computed again tells nothing new."""
+        missing = self.first_unscored - first
+        assert missing >= 0, "a prompt token was not scored"
+        self.prompt_logprobs += entries[missing:]
 
     def ids(self, start: int, end: int) -> np.ndarray:
         """int32 ids of tokens start..end, all known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,6 +18,7 @@ from sightline.engine.cuda_graph import HostStep
 from sightline.engine.encode_queue import SLICE_SECONDS
 from sightline.engine.executor import Executor, GraphSizes, PictureRows, SeenPictures, StepPlan
 from sightline.engine.pictures import views
+from sightline.engine.prompt_logprobs import ScoredRows, Scores, scorings
 from sightline.engine.request import Request
 from sightline.engine.sampler import Draw, Sampler, SamplingState
 from sightline.engine.scheduler import ScheduledRow
@@ -33,6 +35,7 @@ class Step:
     num_rows: int
     logits: Tensor | None = None
     draw: Draw | None = None
+    scores: Scores | None = None
 
 
 class ModelRunner:
@@ -98,13 +101,12 @@ class ModelRunner:
 
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Step:
         """Launch the decoder over all rows packed; logits for the rows that reach their newest token."""
-        plan = self._plan(rows, num_decode)
-        step = Step([r.request for r in rows if r.sample], len(plan.host.ids))
-        if self.workers is None:
-            step.logits = self.executor.run(plan, self._newest)
-        else:
-            with self.workers.step(plan):
-                step.logits = self.executor.run(plan, self._newest)
+        asked = scorings(rows, num_decode)
+        plan = self._plan(rows, num_decode, [each.rows for each in asked])
+        with nullcontext() if self.workers is None else self.workers.step(plan):
+            logits, scores = self.executor.run(plan, self._newest)
+        step = Step([r.request for r in rows if r.sample], len(plan.host.ids), logits)
+        step.scores = Scores(asked, scores, self.executor.device) if asked else None
         return step
 
     def sample(self, step: Step) -> None:
@@ -119,6 +121,8 @@ class ModelRunner:
 
     def collect(self, step: Step) -> list[Sampled]:
         """Wait for the tokens."""
+        if step.scores is not None:
+            step.scores.deliver()
         if step.draw is None:
             return []
         out = step.draw.result()
@@ -132,15 +136,15 @@ class ModelRunner:
 
     # -- a step's numbers ----------------------------------------------------------------------------------------------
 
-    def _plan(self, rows: Sequence[ScheduledRow], num_decode: int) -> StepPlan:
+    def _plan(self, rows: Sequence[ScheduledRow], num_decode: int, scored: list[ScoredRows]) -> StepPlan:
         host = self._host_step(rows, num_decode)
         num_newest = 0
         if any(place >= 0 for place in host.places):
             assert self._newest is not None
             num_newest = len(self._newest)
         if self.executor.cross_attention:
-            return StepPlan(host, num_newest, [], _seen(rows))
-        return StepPlan(host, num_newest, _pictures(rows, num_decode), [])
+            return StepPlan(host, num_newest, [], _seen(rows), scored)
+        return StepPlan(host, num_newest, _pictures(rows, num_decode), [], scored)
 
     def _host_step(self, rows: Sequence[ScheduledRow], num_decode: int) -> HostStep:
         """A decode row is its request's newest token, behind every known position; in flight, its id is among `_newest`."""

@@ -38,7 +38,7 @@ class SampleOutput(NamedTuple):
 class Draw:
     """Tokens that a device is choosing. tokens: int64 [S] on the device, for the next step to read there."""
 
-    def __init__(self, tokens: Tensor, asking: list[int], logprobs: _Logprobs | None) -> None:
+    def __init__(self, tokens: Tensor, asking: list[int], logprobs: Logprobs | None) -> None:
         self.tokens = tokens
         self._asking = asking
         self._logprobs = logprobs
@@ -167,7 +167,7 @@ class Sampler:
         if raw is None:
             return Draw(tokens, asking, None)
         chosen = tokens if len(asking) == len(states) else tokens[self._tensor(asking, torch.int64)]
-        return Draw(tokens, asking, _Logprobs(raw, chosen, [states[i].params.logprobs or 0 for i in asking]))
+        return Draw(tokens, asking, Logprobs(raw, chosen, [states[i].params.logprobs or 0 for i in asking]))
 
     def _mask(self, logits: Tensor, states: Sequence[SamplingState]) -> None:
         """Rows with a grammar keep what it allows. Their bits go to the device together."""
@@ -296,12 +296,17 @@ def _descending(logits: Tensor) -> Tensor:
     return logits.sort(dim=-1, descending=True).values
 
 
-class _Logprobs:
-    """raw: [R, V] log-softmax; tokens: int64 [R], the chosen ones; ks: how many alternatives each row wants."""
+class Logprobs:
+    """raw: [R, V] log-softmax; tokens: int64 [R], the chosen ones; ks: how many alternatives each row wants.
+
+    A token that the output head lacks (some families' picture placeholders) is impossible.
+    """
 
     def __init__(self, raw: Tensor, tokens: Tensor, ks: list[int]) -> None:
         self._ks = ks
-        self._chosen = raw.gather(1, tokens.unsqueeze(1)).squeeze(1).to("cpu", non_blocking=True)
+        known = tokens < raw.shape[1]
+        chosen = raw.gather(1, (tokens * known).unsqueeze(1)).squeeze(1)
+        self._chosen = chosen.masked_fill(~known, -math.inf).to("cpu", non_blocking=True)
         most = min(max(ks), raw.shape[1])
         top = raw.topk(most, dim=-1) if most else None
         self._top = (

@@ -285,7 +285,7 @@ class Scheduler:
 
     def _num_cached_pages(self, request: Request) -> int:
         assert self.radix is not None
-        usable = (request.num_tokens - 1) // self.config.page_size
+        usable = request.num_reusable // self.config.page_size
         return len(self.radix.match(request.cache_salt, self._keys(request, usable)).pages)
 
     def _take_pages(self, request: Request) -> bool:
@@ -293,7 +293,7 @@ class Scheduler:
         size = self.config.page_size
         total = -(-request.num_tokens // size)
         if self.radix is not None:
-            match = self.radix.match(request.cache_salt, self._keys(request, (request.num_tokens - 1) // size))
+            match = self.radix.match(request.cache_salt, self._keys(request, request.num_reusable // size))
             self.radix.inc_lock(match.node)
             cached, node = list(match.pages), match.node
         else:

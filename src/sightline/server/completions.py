@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ class CompletionRequest(SamplingFields):
 
     refused: ClassVar = {k: v for k, v in SamplingFields.refused.items() if k not in ("echo", "best_of")}
 
+    max_tokens: int | None = ranged(minimum=0)
     prompt: str | list[str] | list[int] | list[list[int]]
     model: str | None = None
     best_of: int | None = None
@@ -51,8 +53,6 @@ class CompletionRequest(SamplingFields):
             raise RequestError(
                 f"logprobs must be between 0 and {_MAX_LOGPROBS}.", param="logprobs", code="invalid_value"
             )
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo with logprobs would need those of the prompt; leave one out.", param="logprobs")
         if not self.each_prompt():
             raise RequestError("prompt must hold at least one prompt.", param="prompt", code="empty_array")
 
@@ -65,10 +65,20 @@ class CompletionRequest(SamplingFields):
             return [prompt]
         return list(prompt)  # type: ignore[arg-type]
 
+    @property
+    def only_echo(self) -> bool:
+        """Nothing but the prompt is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def given(self) -> dict[str, Any]:
         """OpenAI's default is 16 tokens here."""
         max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return {**super().given(), "max_tokens": max_tokens, "logprobs": self.logprobs}
+        return {
+            **super().given(),
+            "max_tokens": 1 if self.only_echo else max_tokens,
+            "logprobs": self.logprobs,
+            "prompt_logprobs": self.logprobs if self.echo else None,
+        }
 
 
 @router.post("/v1/completions")
@@ -88,8 +98,11 @@ class _Completion(Exchange):
                 check_ids(lifecycle, ids, "prompt")
         sampling = body.sampling(lifecycle.sampling_defaults, lifecycle.pipeline.tokenizer.vocab_size)
         super().__init__(lifecycle, f"cmpl-{uuid.uuid4().hex}", [sampling] * len(self.each_prompt), body.rid)
+        if body.only_echo:
+            self.only_read.update(range(len(self.each_prompt)))
         self.request = body
         self.num_choices = sampling.n
+        self._offsets: dict[int, _Offsets] = {}
         self.head: dict[str, Any] = {
             "id": self.request_id,
             "object": "text_completion",
@@ -110,7 +123,7 @@ class _Completion(Exchange):
     def body(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The text_completion object."""
         choices = [
-            self._choice(i, out.index, self._echo(i) + out.text, out.logprobs, 0, out.finish_reason, out.stop_reason)
+            self._choice(i, out.index, out.text, out.logprobs, out.finish_reason, out.stop_reason)
             for i, output in enumerate(outputs)
             for out in output.outputs
         ]
@@ -119,14 +132,9 @@ class _Completion(Exchange):
     async def events(self) -> AsyncGenerator[dict[str, Any] | None]:
         """text_completion objects with one choice each, then None."""
         options = self.request.stream_options
-        offsets: dict[tuple[int, int], int] = {}
         async for i, delta in self.deltas():
-            key = i, delta.index
-            text = delta.text if key in offsets else self._echo(i) + delta.text
-            start = offsets.get(key, 0)
-            offsets[key] = start + len(text)
-            if text or delta.logprobs or delta.finish_reason is not None:
-                choice = self._choice(*key, text, delta.logprobs, start, delta.finish_reason, delta.stop_reason)
+            choice = self._choice(i, delta.index, delta.text, delta.logprobs, delta.finish_reason, delta.stop_reason)
+            if choice["text"] or delta.logprobs or delta.finish_reason is not None:
                 yield self.chunk(self.head, [choice], options)
         if options and options.include_usage:
             yield self.chunk(self.head, [], options)
@@ -138,34 +146,60 @@ class _Completion(Exchange):
         index: int,
         text: str,
         logprobs: list[TokenLogprob] | None,
-        offset: int,
         finish_reason: FinishReason | None,
         stop_reason: str | int | None,
     ) -> dict[str, Any]:
+        """What has come of a choice; its first part has the echo in front."""
+        number = prompt * self.num_choices + index
+        entries: list[TokenLogprob | int] = list(logprobs or ())
+        if number not in self._offsets:
+            echo = self._echo(prompt)
+            text = echo + text
+            self._offsets[number] = _Offsets()
+            if self.request.echo and logprobs is not None:
+                # Nothing comes before the first token, so it has no log-probability.
+                first = int(self.answers[prompt].prompt.input_ids[0])
+                entries = [first, *self.prompt_logprobs[prompt], *entries]
+                # A token that begins every text is not part of the echo.
+                opening = _text(self.tokenizer, first)
+                self._offsets[number].at = 0 if echo.startswith(opening) else -len(opening)
+        offsets = self._offsets[number]
         return {
-            "index": prompt * self.num_choices + index,
+            "index": number,
             "text": text,
-            "logprobs": None if logprobs is None else _logprobs(self.tokenizer, logprobs, offset),
+            "logprobs": None if logprobs is None else _logprobs(self.tokenizer, entries, offsets),
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
 
 
-def _logprobs(tokenizer: Tokenizer, logprobs: list[TokenLogprob], offset: int) -> dict[str, Any]:
-    """Parallel lists, as this older API has them; the chosen token is always among the likely ones."""
-    tokens = [_text(tokenizer, lp.token_id) for lp in logprobs]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    likely = [
-        {_text(tokenizer, t): wire_logprob(p) for t, p in (*lp.top, (lp.token_id, lp.logprob))} for lp in logprobs
-    ]
+class _Offsets:
+    """Where a choice's tokens begin in its text, in characters: a token may have a part of one."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token: bytes) -> int:
+        """Where the next token begins."""
+        begins = max(self.at, 0)
+        self.at += len(self._decoder.decode(token))
+        return begins
+
+
+def _logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob | int], offsets: _Offsets) -> dict[str, Any]:
+    """Parallel lists, as this older API has them; the chosen token is always among the likely ones. An entry without a
+    log-probability is an id alone."""
+    ids = [entry if isinstance(entry, int) else entry.token_id for entry in entries]
+    known = [None if isinstance(entry, int) else entry for entry in entries]
     return {
-        "tokens": tokens,
-        "token_logprobs": [wire_logprob(lp.logprob) for lp in logprobs],
-        "top_logprobs": likely,
-        "text_offset": offsets,
+        "tokens": [_text(tokenizer, token_id) for token_id in ids],
+        "token_logprobs": [lp and wire_logprob(lp.logprob) for lp in known],
+        "top_logprobs": [
+            lp and {_text(tokenizer, t): wire_logprob(p) for t, p in (*lp.top, (lp.token_id, lp.logprob))}
+            for lp in known
+        ],
+        "text_offset": [offsets.next(tokenizer.token_bytes(token_id)) for token_id in ids],
     }
 
 

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -90,6 +91,9 @@ class Exchange(ABC):
         self._first_token: float | None = None
         self._last_token: dict[tuple[int, int], float] = {}
         self._observed = lifecycle.observed
+        self.prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in sampling]
+        # Places of prompts that are only read: the engine makes one token, and nobody sees it.
+        self.only_read: set[int] = set()
         self._num_cached = [0] * len(sampling)
         self._num_completion = 0
         self._finish: FinishReason | None = None
@@ -215,6 +219,15 @@ class Exchange(ABC):
                 outputs[i].append(delta)
         return outputs
 
+    def _read(self, i: int, delta: OutputDelta) -> OutputDelta:
+        """Count the delta, and take the answer away where only the prompt was asked for."""
+        if i in self.only_read:
+            nothing: list[TokenLogprob] | None = None if delta.logprobs is None else []
+            finish = delta.finish_reason and FinishReason.LENGTH
+            delta = replace(delta, text="", token_ids=[], logprobs=nothing, finish_reason=finish, stop_reason=None)
+        self._count(i, delta)
+        return delta
+
     async def _logged_events(self) -> AsyncGenerator[Any]:
         finish: str | None = "client gone"
         try:
@@ -235,13 +248,11 @@ class Exchange(ABC):
         try:
             if len(self.answers) == 1:
                 async for delta in self.answers[0]:
-                    self._count(0, delta)
-                    yield 0, delta
+                    yield 0, self._read(0, delta)
             else:
                 async with aclosing(_merged(self.answers)) as merged:
                     async for i, delta in merged:
-                        self._count(i, delta)
-                        yield i, delta
+                        yield i, self._read(i, delta)
         except _Aborted:
             if not self.shows_aborts:
                 raise
@@ -262,6 +273,7 @@ class Exchange(ABC):
             self._num_completion += len(delta.token_ids)
         if delta.index == 0:
             self._num_cached[i] = delta.num_cached_tokens
+            self.prompt_logprobs[i] = delta.prompt_logprobs or self.prompt_logprobs[i]
         if delta.finish_reason is not None:
             self._finish = delta.finish_reason
             self._observed.finishes[delta.finish_reason] += 1

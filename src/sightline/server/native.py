@@ -35,7 +35,7 @@ class GenerateSampling(SamplingFields):
     harmless: ClassVar = SamplingFields.harmless | {"spaces_between_special_tokens", "custom_params"}
     refused: ClassVar = {**SamplingFields.refused, "stop_regex": (), "structural_tag": ()}
 
-    max_new_tokens: int | None = ranged(minimum=1)
+    max_new_tokens: int | None = ranged(minimum=0)
     min_new_tokens: int | None = ranged(minimum=0)
     sampling_seed: int | None = None
 
@@ -88,10 +88,8 @@ class GenerateRequest(Body):
             raise RequestError("Send either text or input_ids.", param="text", code="missing_required_parameter")
         if not self.each_prompt:
             raise RequestError(f"{self.prompt_field} must hold at least one prompt.", param=self.prompt_field)
-        if self.logprob_start_len not in (None, -1):
-            raise RequestError(
-                "logprob_start_len: the prompt's log-probabilities are not computed; use -1.", param="logprob_start_len"
-            )
+        if self.logprob_start_len is not None and self.logprob_start_len < -1:
+            raise RequestError("logprob_start_len must be a place in the prompt, or -1.", param="logprob_start_len")
         if isinstance(self.rid, list):
             raise RequestError("rid: name the whole request with one string.", param="rid")
         many = self.sampling_params
@@ -121,9 +119,31 @@ class GenerateRequest(Body):
         """Sampling parameters for each prompt. Raises `RequestError`."""
         given = self.sampling_params or GenerateSampling()
         each = given if isinstance(given, list) else [given] * len(self.each_prompt)
-        logprobs = {"logprobs": self.top_logprobs_num or 0} if self.return_logprob else {}
-        defaults = {**lifecycle.sampling_defaults, **logprobs}
+        defaults = {**lifecycle.sampling_defaults, **self._logprobs()}
+        if self.reads_prompt:
+            each = [one.model_copy(update={"max_new_tokens": 1}) if one.max_new_tokens == 0 else one for one in each]
         return [one.sampling(defaults, lifecycle.pipeline.tokenizer.vocab_size) for one in each]
+
+    def _logprobs(self) -> dict[str, int]:
+        """What `return_logprob` says of sampling. As SGLang has it, the first token of those asked for has no value."""
+        if not self.return_logprob:
+            return {}
+        num = self.top_logprobs_num or 0
+        if not self.reads_prompt:
+            return {"logprobs": num}
+        return {"logprobs": num, "prompt_logprobs": num, "prompt_logprobs_start": (self.logprob_start_len or 0) + 1}
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Log-probabilities of the prompt are asked for."""
+        return bool(self.return_logprob) and self.logprob_start_len not in (None, -1)
+
+    @property
+    def only_read(self) -> set[int]:
+        """Prompts of which nothing but that is asked for."""
+        given = self.sampling_params
+        each = given if isinstance(given, list) else [given] * len(self.each_prompt)
+        return {i for i, one in enumerate(each) if one and one.max_new_tokens == 0} if self.reads_prompt else set()
 
     def each_images(self) -> list[list[str]]:
         """Pictures of each prompt as URLs. Raises `RequestError`.
@@ -193,6 +213,7 @@ class _Generate(Exchange):
         assert not isinstance(body.rid, list)
         super().__init__(lifecycle, f"gen-{uuid.uuid4().hex}", samplings, body.rid)
         self.request = body
+        self.only_read = body.only_read
         self.images = body.each_images()
         self.began = time.monotonic()
 
@@ -242,16 +263,26 @@ class _Generate(Exchange):
         }
         if self.request.return_logprob:
             logprobs = output.logprobs or []
-            meta["input_token_logprobs"] = []
+            read = self._read_logprobs(i)
+            meta["input_token_logprobs"] = [self._logprob(token, lp.logprob if lp else None) for token, lp in read]
             meta["output_token_logprobs"] = [self._logprob(lp.token_id, lp.logprob) for lp in logprobs]
             if self.request.top_logprobs_num:
+                meta["input_top_logprobs"] = [lp and self._top(lp) for _, lp in read]
                 meta["output_top_logprobs"] = [self._top(lp) for lp in logprobs]
         return {"text": output.text, "output_ids": output.token_ids, "meta_info": meta}
 
-    def _logprob(self, token_id: int, logprob: float) -> list[Any]:
+    def _read_logprobs(self, i: int) -> list[tuple[int, TokenLogprob | None]]:
+        """Tokens of prompt i, from logprob_start_len on, with their values but for the first."""
+        start = self.request.logprob_start_len
+        if not self.request.reads_prompt or start is None:
+            return []
+        ids = self.answers[i].prompt.input_ids[start : start + 1].tolist()
+        return [*((token, None) for token in ids), *((lp.token_id, lp) for lp in self.prompt_logprobs[i])]
+
+    def _logprob(self, token_id: int, logprob: float | None) -> list[Any]:
         text = self.tokenizer.token_bytes(token_id).decode(errors="replace")
         asked = (self.request.model_extra or {}).get("return_text_in_logprobs")
-        return [wire_logprob(logprob), token_id, text if asked else None]
+        return [logprob if logprob is None else wire_logprob(logprob), token_id, text if asked else None]
 
     def _top(self, logprob: TokenLogprob) -> list[list[Any]]:
         return [self._logprob(*pair) for pair in logprob.top]

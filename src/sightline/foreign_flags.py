@@ -137,6 +137,7 @@ debug-tensor-dump-inject | | tensors are not dumped
 skip-server-warmup | switch | the engine answers a request of its own before it is ready
 enable-multimodal | switch ok | pictures are served whenever the model has them
 mm-attention-backend | | use --attention-backend
+mm-enable-dp-encoder | switch ok | pictures are divided among the ranks of --tp-size
 """
 _TABLE["vLLM"] = """
 enable-prefix-caching | switch ok | the prefix cache is on
@@ -156,6 +157,7 @@ config-format | auto, hf | checkpoints are in Hugging Face's form
 runner | auto, generate | only generating models are served
 limit-mm-per-prompt, limit-mm-data-per-request | | use --max-images-per-request
 mm-processor-kwargs | | send mm_processor_kwargs with requests
+mm-encoder-tp-mode | data | pictures are divided among the ranks of --tp-size, not the tower
 mm-processor-cache-gb | | use --vision-cache-gb: encoded pictures are kept instead of resized ones
 disable-chunked-mm-input | switch | a chunk may end inside a picture
 interleave-mm-strings | switch ok | pictures stand where the message has them

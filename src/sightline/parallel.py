@@ -106,10 +106,10 @@ class Group:
         _all_gather(parts.view(-1, x.shape[-1]), x.contiguous())
         return parts.transpose(0, 1).flatten(1)
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        """x (contiguous) of rank 0, in place of everybody's."""
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """x (contiguous) of one rank, in place of everybody's."""
         if self.size > 1:
-            dist.broadcast(x, src=0)
+            dist.broadcast(x, src=source)
         return x
 
 

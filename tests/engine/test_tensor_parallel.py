@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,10 +15,17 @@ import numpy as np
 import pytest
 
 from sightline import Engine, SamplingParams
+from sightline.engine import rank_loop
+from sightline.engine import rank_messages as messages
+from sightline.engine.cuda_graph import HostStep
+from sightline.engine.executor import StepPlan
+from sightline.engine.workers import divide
 from sightline.errors import DeviceError, SettingError
+from sightline.parallel import Group
 from sightline.prompt.pipeline import PromptPipeline
+from sightline.types import FinishReason, ImageRef, Pixels, TokenEvent
 from tests import oracle, tiny, tiny_llava, tiny_mllama
-from tests.engine.test_exactness import Driver, Prompt
+from tests.engine.test_exactness import Driver, Prompt, make
 from tests.models.test_qwen2_5_vl import tiny_model as qwen2_5_vl
 
 TOLERANCE = 1e-4
@@ -67,9 +75,9 @@ def prompts(model_dir: Path) -> dict[str, Prompt]:
         talks["one picture"] = user(a, "What is in this picture?")
         talks["two pictures"] = user("First", b, "then", a, "which is red?")
 
-    async def make(messages: list[dict[str, Any]]) -> Prompt:
+    async def prepared(messages: list[dict[str, Any]]) -> Prompt:
         prompt = await pipeline.chat(messages)
-        pixels = {digest: (await pipeline.decode(p)).array for digest, p in prompt.pictures.items()}
+        pixels = {digest: (await pipeline.decode(p)).array.copy() for digest, p in prompt.pictures.items()}
         return Prompt(
             prompt.input_ids.tolist(),
             [],
@@ -79,7 +87,7 @@ def prompts(model_dir: Path) -> dict[str, Prompt]:
             prompt.position_delta,
         )
 
-    return {name: asyncio.run(make(messages)) for name, messages in talks.items()}
+    return {name: asyncio.run(prepared(messages)) for name, messages in talks.items()}
 
 
 @contextmanager
@@ -159,6 +167,71 @@ def test_two_ranks_say_what_one_says(family: str, tmp_path: Path) -> None:
                 err_msg=name,
             )
     assert any(num_cached for _, num_cached, _ in said.values())
+
+
+def test_a_picture_that_cannot_be_encoded_ends_only_its_request(tmp_path: Path) -> None:
+    """Also where another rank finds that out: the larger picture is rank 0's, the broken one the other's."""
+    good, broken = make(3, (300, 200), 20), make(9, (90, 60), 12)
+    with driver(tiny.qwen2_vl(), 2, tmp_path) as engine:
+        core = engine.core
+        ends = {}
+        for name, prompt in (("good", good), ("broken", broken)):
+            core.add(prompt.request(name))
+            for image, pixels in zip(prompt.images, prompt.pixels, strict=True):
+                core.put_pixels(image.digest, Pixels(pixels if name == "good" else pixels[:28]))
+        while not core.idle:
+            ends |= {e.request_id: e for e in core.step() if isinstance(e, TokenEvent) and e.finish_reason}
+        assert ends["good"].finish_reason is FinishReason.LENGTH
+        assert ends["broken"].finish_reason is FinishReason.ERROR
+        assert "do not fit grid" in str(ends["broken"].error)
+        # the ranks are still in step
+        assert engine.ask(broken).reason is FinishReason.LENGTH
+
+
+def test_pictures_are_divided_by_their_size() -> None:
+    assert divide([5, 9, 4, 1], 2) == [1, 0, 1, 0]
+    assert divide([7], 4) == [0]
+    assert divide([2, 2, 2], 3) == [0, 1, 2]
+
+
+def test_a_rank_keeps_features_until_it_is_told_to_forget_them() -> None:
+    executor: Any = SimpleNamespace(group=Group(1, 2), run=lambda plan, newest: None, encoder=_Ones(), features=None)
+    answers: list[bytes] = []
+    loop = rank_loop._Loop(executor, SimpleNamespace(send=answers.append))  # type: ignore[arg-type]
+    images = [ImageRef(bytes([i]) * 32, 0, 2, (1, 2, 4)) for i in range(3)]
+
+    def tell(message: Any, *frames: np.ndarray) -> None:
+        loop._do(messages.encode(message), [frame.data for frame in frames])
+
+    tell(
+        messages.Encode([], 1, images, [0, 1, 1], [(2, 2), (2, 3)], [(), ()]),
+        np.zeros(4, np.uint8),
+        np.ones(6, np.uint8),
+    )
+    tell(messages.EncodePart(1))
+    tell(messages.EncodeRest(1))
+    assert [messages.decode_from_rank(answer) for answer in answers] == [messages.Encoded()]
+    tell(messages.EndEncoding(1, exchange=True))
+    assert {digest[0]: value for digest, value in loop._features.items()} == {0: "other", 1: (2, 2), 2: (2, 3)}
+    host = HostStep(*[np.zeros(1, np.int64)] * 4, [1], [1], np.zeros((1, 1), np.int32), [0])
+    tell(messages.Forward([images[0].digest, images[2].digest], StepPlan(host._replace(places=[-1]), 0, [], [])))
+    assert list(loop._features) == [images[1].digest]
+    assert not loop._encodings
+
+
+class _Ones:
+    """An encoder whose features are the pixels' shapes."""
+
+    new_pixels = staticmethod(np.empty)
+
+    def encoding(self, images: Any, pixels: Any) -> Any:
+        yield 1.0
+        yield 1.0
+        return [p.array.shape for p in pixels]
+
+    def exchange(self, images: Any, owners: Any, encoded: Any) -> Any:
+        own = iter(encoded)
+        return [next(own) if owner == 1 else "other" for owner in owners]
 
 
 def test_the_offline_engine_has_ranks_too() -> None:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sightline.engine.render import render
 from sightline.models import Encoding
+from sightline.parallel import SOLO, Group
 from sightline.types import ImageRef, Pixels
 
 # Not cuDNN's, which plans for each new shape for some 300 ms of the host's time.
@@ -20,20 +21,21 @@ _AT_ONCE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 
 class Encoder:
-    """Runs a model's vision tower, part by part.
+    """Runs a model's vision tower, part by part. Pictures are divided among the ranks of a group, which all keep all of them.
 
     flops_per_second: how fast the device does it, measured at start; None where nobody has.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, group: Group = SOLO) -> None:
         self._model: Any = model
         self._device = device
-        self._merges = not has_cross_attention(model)
+        self._group = group
+        self._cross_attention = has_cross_attention(model)
         self.flops_per_second: float | None = None
 
     def encoding(self, images: Sequence[ImageRef], pixels: Sequence[Pixels]) -> Encoding[list[Tensor]]:
-        """pixels: of the family's views, or with these still to be made. Each `next` launches a part; the result is the features
-        of each picture: [num_tokens, hidden], or what cross-attention reads."""
+        """pixels: of the family's views, or with these still to be made. Each `next` launches a part; the result is one
+        [features, hidden] for each picture, to be `kept` or exchanged."""
         with self._context():
             on_device = [self._upload(p) for p in pixels]
             parts = self._model.encoding(on_device, [image.grid for image in images])
@@ -42,15 +44,40 @@ class Encoder:
                 try:
                     flops = next(parts)
                 except StopIteration as end:
-                    return self._checked(images, end.value)
+                    result: list[Tensor] = end.value
+                    break
             yield flops
-
-    def _checked(self, images: Sequence[ImageRef], features: Sequence[Tensor]) -> list[Tensor]:
-        for image, rows in zip(images, features, strict=True):
-            if self._merges and rows.shape[0] != image.num_tokens:
+        for image, rows in zip(images, result, strict=True):
+            if rows.shape[0] != self.num_features(image):
                 raise ValueError(f"the encoder made {rows.shape[0]} rows for {image.num_tokens} placeholders")
-        # a view would keep the whole batch alive for as long as one of its pictures is cached
-        return [rows.clone() if len(images) > 1 else rows.contiguous() for rows in features]
+        return result
+
+    def num_features(self, image: ImageRef) -> int:
+        """Features that a picture has in the vision cache."""
+        count: int = self._model.num_features(image.grid) if self._cross_attention else image.num_tokens
+        return count
+
+    def kept(self, encoded: Sequence[Tensor]) -> list[Tensor]:
+        """What the vision cache keeps of each picture: [num_tokens, hidden], or what cross-attention reads."""
+        with self._context():
+            if self._cross_attention:
+                return [self._model.kept(rows) for rows in encoded]
+            # a view would keep the whole batch alive for as long as one of its pictures is cached
+            return [rows.clone() if len(encoded) > 1 else rows.contiguous() for rows in encoded]
+
+    def exchange(self, images: Sequence[ImageRef], owners: Sequence[int], encoded: Sequence[Tensor]) -> list[Tensor]:
+        """What the vision cache keeps of all pictures. owners: whose each is; encoded: this rank's own, in order."""
+        own = iter(encoded)
+        received = []
+        config, dtype = self._model.config, next(self._model.parameters()).dtype
+        with self._context():
+            for image, owner in zip(images, owners, strict=True):
+                rows = torch.empty(self.num_features(image), config.hidden_size, dtype=dtype, device=self._device)
+                if owner == self._group.rank:
+                    rows.copy_(next(own))
+                rows = self._group.broadcast(rows, owner)
+                received.append(self._model.kept(rows) if self._cross_attention else rows)
+        return received
 
     def new_pixels(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Host memory for pixels, pinned for a GPU: torch keeps and reuses it, so no page of it faults twice."""

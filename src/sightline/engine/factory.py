@@ -45,7 +45,7 @@ logger = logging.getLogger("sightline.engine")
 _MAX_MIXED_TOKENS = 768
 # Of families that make more than this of a picture of 1024 x 1024: LLaVA-OneVision's 7425 tokens would take ten steps of 768.
 _LONG_PICTURE, _MAX_MIXED_TOKENS_LONG = 4096, 2048
-# On a GPU. Features encoded at once: a few pictures fill the device, and prompts wait for the whole batch.
+# On a GPU, for each rank. Features encoded at once: a few pictures fill the device, and prompts wait for the whole batch.
 _MAX_ENCODE_TOKENS = 1024
 
 
@@ -121,7 +121,7 @@ def build_executor(
         group,
         cache=step_cache(model.kv_spec, _max_step(config, device), dtype, device),
         backend=_backend(config.attention_backend, device),
-        encoder=Encoder(model, device),
+        encoder=Encoder(model, device, group),
         device=device,
         features=VisionCache(0).get,
     )
@@ -234,7 +234,7 @@ def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, 
     largest = largest_picture(FAMILIES[architecture(hf_config)].processor, model_dir)
     num_pictures = 1
     if largest is not None and largest.scale == 1.0:
-        num_pictures = max(1, min(max_step, _MAX_ENCODE_TOKENS) // max(runner.num_features(largest.image), 1))
+        num_pictures = max(1, _encode_tokens(runner, max_step) // max(runner.num_features(largest.image), 1))
     peak = measure_peak(runner, largest, num_pictures, max_step=max_step, max_running=max_running)
     if largest is not None:
         runner.executor.encoder.flops_per_second = encoder_rate(runner, largest)
@@ -251,6 +251,10 @@ def _graph_sizes(config: EngineConfig, plan: MemoryPlan, max_mixed: int) -> Grap
     )
 
 
+def _encode_tokens(runner: ModelRunner, max_step: int) -> int:
+    return min(max_step, _MAX_ENCODE_TOKENS * runner.executor.group.size)
+
+
 def _scheduler_config(
     runner: ModelRunner, plan: MemoryPlan, max_step: int, max_mixed: int | None, dtype: torch.dtype
 ) -> SchedulerConfig:
@@ -261,7 +265,7 @@ def _scheduler_config(
         max_step_tokens=max_step,
         max_running=plan.max_running_requests,
         max_mixed_tokens=max_mixed,
-        max_encode_tokens=min(max_step, _MAX_ENCODE_TOKENS) if on_gpu else max_step,
+        max_encode_tokens=_encode_tokens(runner, max_step) if on_gpu else max_step,
         image_token_bytes=model.config.hidden_size * dtype.itemsize,
     )
     if not runner.executor.cross_attention:

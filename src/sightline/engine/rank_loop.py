@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from sightline.engine.rank_messages import (
     Allocate,
     Capture,
     Encode,
+    Encoded,
     EncodePart,
+    EncodeRest,
+    EndEncoding,
     Forward,
     FreeMemory,
     Loaded,
@@ -58,7 +62,7 @@ class _Loop:
         self._executor = executor
         self._socket = socket
         self._features: dict[bytes, Tensor] = {}
-        self._encodings: dict[int, tuple[list[ImageRef], Encoding[list[Tensor]]]] = {}
+        self._encodings: dict[int, _Encoding] = {}
         executor.features = self._features.__getitem__
 
     def run(self) -> None:
@@ -77,7 +81,14 @@ class _Loop:
                 self._forget(message.forgotten)
                 self._begin_encoding(message, frames)
             case EncodePart():
-                self._encode_part(message.number)
+                self._encodings[message.number].step()
+            case EncodeRest():
+                encoding = self._encodings[message.number]
+                while not encoding.done:
+                    encoding.step()
+                self._socket.send(encode(Encoded(encoding.problem)))
+            case EndEncoding():
+                self._end_encoding(message)
             case TellMemory():
                 self._socket.send(encode(FreeMemory(_free_memory(executor.device))))
             case Allocate():
@@ -96,19 +107,38 @@ class _Loop:
             array = encoder.new_pixels(shape, np.uint8)
             array.reshape(-1)[:] = np.frombuffer(frame, np.uint8)
             pixels.append(Pixels(array, views))
-        self._encodings[message.number] = message.images, encoder.encoding(message.images, pixels)
+        rank = self._executor.group.rank
+        own = [image for image, owner in zip(message.images, message.owners, strict=True) if owner == rank]
+        self._encodings[message.number] = _Encoding(message.images, message.owners, encoder.encoding(own, pixels))
 
-    def _encode_part(self, number: int) -> None:
-        images, encoding = self._encodings[number]
+    def _end_encoding(self, message: EndEncoding) -> None:
+        encoding = self._encodings.pop(message.number)
+        if message.exchange:
+            features = self._executor.encoder.exchange(encoding.images, encoding.owners, encoding.encoded)
+            self._features.update(zip((image.digest for image in encoding.images), features, strict=True))
+
+
+@dataclass
+class _Encoding:
+    """Pictures on their way. encoded: the rank's own, once all parts are done; problem: why they are not."""
+
+    images: list[ImageRef]
+    owners: list[int]
+    parts: Encoding[list[Tensor]]
+    encoded: list[Tensor] = field(default_factory=list)
+    done: bool = False
+    problem: str | None = None
+
+    def step(self) -> None:
+        """The next part, if there is one."""
         try:
-            next(encoding)
-            return
+            if not self.done:
+                next(self.parts)
         except StopIteration as end:
-            self._features.update((image.digest, value) for image, value in zip(images, end.value, strict=True))
-        except Exception:
-            # as on rank 0, which then does not ask for their features
-            logger.exception("%d pictures could not be encoded", len(images))
-        del self._encodings[number]
+            self.encoded, self.done = end.value, True
+        except Exception as error:
+            logger.exception("%d pictures could not be encoded", len(self.images))
+            self.problem, self.done = f"{type(error).__name__}: {error}", True
 
 
 def _free_memory(device: torch.device) -> int:

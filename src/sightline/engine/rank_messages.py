@@ -31,8 +31,8 @@ class Capture(msgspec.Struct, tag=True):
 
 
 class Encode(msgspec.Struct, tag=True):
-    """Pictures to be encoded, by `EncodePart`s with this number. A frame for the uint8 pixels of each picture follows, of these
-    shapes and views.
+    """Pictures to be encoded by all ranks together, under this number. owners: whose each is. A frame for the uint8 pixels of each
+    of the rank's own follows, of these shapes and views.
 
     forgotten: pictures whose features are needed no more, dropped first.
     """
@@ -40,14 +40,28 @@ class Encode(msgspec.Struct, tag=True):
     forgotten: list[bytes]
     number: int
     images: list[ImageRef]
+    owners: list[int]
     shapes: list[tuple[int, ...]]
     views: list[tuple[View, ...]]
 
 
 class EncodePart(msgspec.Struct, tag=True):
-    """The next part of an encoding; keep the features when it was the last."""
+    """The next part of the rank's own share of an encoding, if there is one."""
 
     number: int
+
+
+class EncodeRest(msgspec.Struct, tag=True):
+    """All parts that are left. Answer with `Encoded`."""
+
+    number: int
+
+
+class EndEncoding(msgspec.Struct, tag=True):
+    """Exchange the features and keep those of all pictures, or drop what there is."""
+
+    number: int
+    exchange: bool = False
 
 
 class Forward(msgspec.Struct, tag=True):
@@ -61,14 +75,20 @@ class Loaded(msgspec.Struct, tag=True):
     """The weights are there; from here on the rank takes part in collectives."""
 
 
+class Encoded(msgspec.Struct, tag=True):
+    """The rank's own pictures are encoded; problem: or why not."""
+
+    problem: str | None = None
+
+
 class FreeMemory(msgspec.Struct, tag=True):
     """Bytes that nobody uses on the rank's device."""
 
     num_bytes: int
 
 
-ToRank = TellMemory | Allocate | Capture | Encode | EncodePart | Forward
-FromRank = Loaded | FreeMemory | Fatal
+ToRank = TellMemory | Allocate | Capture | Encode | EncodePart | EncodeRest | EndEncoding | Forward
+FromRank = Loaded | FreeMemory | Encoded | Fatal
 
 
 def _encode_array(value: Any) -> Any:

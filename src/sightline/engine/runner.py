@@ -73,9 +73,11 @@ class ModelRunner:
         return self.executor.encoder.new_pixels(shape, dtype)
 
     def encoding(self, images: Sequence[ImageRef], pixels: Sequence[Pixels]) -> Encoding[list[Tensor]]:
-        """See `Encoder.encoding`."""
-        parts = self.executor.encoder.encoding(images, pixels)
-        return parts if self.workers is None else self.workers.encoding(images, pixels, parts)
+        """Each `next` launches a part; the result is what the vision cache keeps of each picture."""
+        encoder = self.executor.encoder
+        if self.workers is not None:
+            return (yield from self.workers.encoding(encoder, images, pixels))
+        return encoder.kept((yield from encoder.encoding(images, pixels)))
 
     def slice_flops(self) -> float | None:
         """Of the encoder between two steps of decoding."""
@@ -95,9 +97,8 @@ class ModelRunner:
         self.executor.capture(sizes, on_progress)
 
     def num_features(self, image: ImageRef) -> int:
-        """Features that a picture has in the vision cache."""
-        executor = self.executor
-        return executor.model.num_features(image.grid) if executor.cross_attention else image.num_tokens
+        """See `Encoder.num_features`."""
+        return self.executor.encoder.num_features(image)
 
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Step:
         """Launch the decoder over all rows packed; logits for the rows that reach their newest token."""

@@ -15,12 +15,16 @@ from typing import TypeVar
 import zmq
 from torch import Tensor
 
+from sightline.engine.encoder import Encoder
 from sightline.engine.executor import GraphSizes, StepPlan
 from sightline.engine.rank_messages import (
     Allocate,
     Capture,
     Encode,
+    Encoded,
     EncodePart,
+    EncodeRest,
+    EndEncoding,
     Forward,
     FreeMemory,
     FromRank,
@@ -30,7 +34,7 @@ from sightline.engine.rank_messages import (
     decode_from_rank,
     encode,
 )
-from sightline.errors import RankError, startup_error
+from sightline.errors import EngineError, RankError, startup_error
 from sightline.models import Encoding
 from sightline.parallel import Group
 from sightline.types import Fatal, ImageRef, Pixels
@@ -54,6 +58,24 @@ def socket_path(run_dir: Path, rank: int) -> str:
 def rendezvous(run_dir: Path) -> Path:
     """The file by which the ranks' collectives find each other."""
     return run_dir / "rendezvous"
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Where rank 0 fails inside, others wait for it: `RankError`."""
+    try:
+        yield
+    except Exception as error:
+        raise RankError(f"rank 0 failed where others take part: {type(error).__name__}: {error}") from error
+
+
+def divide(sizes: Sequence[int], count: int) -> list[int]:
+    """For each of several things the one of `count` ranks that takes it: the largest first, each to the rank that has least."""
+    loads, owners = [0] * count, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += sizes[i]
+    return owners
 
 
 class Workers:
@@ -101,23 +123,38 @@ class Workers:
         self._tell(Capture(sizes))
 
     def encoding(
-        self, images: Sequence[ImageRef], pixels: Sequence[Pixels], mine: Encoding[list[Tensor]]
+        self, encoder: Encoder, images: Sequence[ImageRef], pixels: Sequence[Pixels]
     ) -> Encoding[list[Tensor]]:
-        """Let them encode pictures part by part beside rank 0, whose own encoding is `mine`, and keep the features until
-        `forget`."""
+        """Divide pictures among all ranks, this one with its `encoder` too; they keep the features until `forget`. The parts are
+        this rank's own, the result what its vision cache keeps of all."""
         self._num_encodings += 1
         number = self._num_encodings
-        shapes, views = [p.array.shape for p in pixels], [p.views for p in pixels]
-        message = Encode(self._take_forgotten(), number, list(images), shapes, views)
-        self._tell(message, *(p.array.reshape(-1).data for p in pixels))
-        while True:
-            self._tell(EncodePart(number))
-            try:
-                flops = next(mine)
-            except StopIteration as end:
-                features: list[Tensor] = end.value
-                return features
-            yield flops
+        owners = divide([encoder.num_features(image) for image in images], len(self._sockets) + 1)
+        forgotten = self._take_forgotten()
+        for rank in range(1, len(self._sockets) + 1):
+            own = [p for p, owner in zip(pixels, owners, strict=True) if owner == rank]
+            shapes, views = [p.array.shape for p in own], [p.views for p in own]
+            message = Encode(forgotten, number, list(images), owners, shapes, views)
+            self._tell_one(rank, message, *(p.array.reshape(-1).data for p in own))
+        mine = [i for i, owner in enumerate(owners) if owner == 0]
+        parts = encoder.encoding([images[i] for i in mine], [pixels[i] for i in mine])
+        try:
+            while True:
+                self._tell(EncodePart(number))
+                yield next(parts)
+        except StopIteration as end:
+            encoded: list[Tensor] = end.value
+        except BaseException:
+            self._tell(EndEncoding(number))
+            raise
+        self._tell(EncodeRest(number))
+        problems = [self._answer(rank, Encoded).problem for rank in range(1, len(self._sockets) + 1)]
+        failed = next(filter(None, problems), None)
+        self._tell(EndEncoding(number, exchange=failed is None))
+        if failed is not None:
+            raise EngineError(failed)
+        with _collective():
+            return encoder.exchange(images, owners, encoded)
 
     def forget(self, digest: bytes) -> None:
         """They drop these features before they do anything else."""
@@ -125,24 +162,22 @@ class Workers:
 
     @contextmanager
     def step(self, plan: StepPlan) -> Iterator[None]:
-        """Let them compute what rank 0 computes inside the block. Should it fail there, they wait for it in some collective:
-        `RankError`."""
+        """Let them compute what rank 0 computes inside the block."""
         self._tell(Forward(self._take_forgotten(), plan))
-        try:
+        with _collective():
             yield
-        except Exception as error:
-            raise RankError(
-                f"rank 0 failed in a step that others take part in: {type(error).__name__}: {error}"
-            ) from error
 
     def _take_forgotten(self) -> list[bytes]:
         forgotten, self._forgotten = self._forgotten, []
         return forgotten
 
-    def _tell(self, message: ToRank, *frames: memoryview) -> None:
+    def _tell(self, message: ToRank) -> None:
         data = encode(message)
         for socket in self._sockets:
-            socket.send_multipart([data, *frames], copy=False, copy_threshold=_COPY_BELOW)
+            socket.send(data)
+
+    def _tell_one(self, rank: int, message: ToRank, *frames: memoryview) -> None:
+        self._sockets[rank - 1].send_multipart([encode(message), *frames], copy=False, copy_threshold=_COPY_BELOW)
 
     def _answer(self, rank: int, kind: type[Answer]) -> Answer:
         socket, process = self._sockets[rank - 1], self._processes[rank - 1]

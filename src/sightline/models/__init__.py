@@ -16,7 +16,8 @@ A model class `M(nn.Module)` named in `registry.py` provides:
     uses_mrope: bool                         whether `forward` wants positions [3, T] (multimodal rotary) or [T]
     kv_spec -> KVSpec                        what the engine allocates per token, for this rank's heads
     encoding(pixels, grids) -> Encoding      pixels: list of uint8 [H, W, 3] on the device; grids: list of (t, h, w); the work
-                                             in parts, which returns one [num_tokens, hidden] tensor for each picture
+                                             in parts, which returns one [num_tokens, hidden] tensor for each picture. Every
+                                             rank has the whole vision tower, and calls this for pictures of its own
     embed(input_ids, image_rows, features)   input_ids [T]; image_rows: int64 [N] rows of T that are placeholders (None
                                              without pictures); features: [N, hidden]; asserts the counts; -> [T, hidden]
     forward(hidden, positions, ctx, rows)    hidden [T, hidden]; positions int64 [3, T] for multimodal rotary, [T] else;
@@ -27,9 +28,10 @@ A model class `M(nn.Module)` named in `registry.py` provides:
 Text-only models lack `encoding`; others get `encode_images`, all of it at once, from `EncodesImages`. A model whose pictures
 stand beside the text instead of in it also has
 
-    cross_attention = True                   then an `Encoding` returns [layers, 2, features, num_kv_heads, head_dim], keys
-                                             and values of this rank's heads; `embed` gets no image_rows; `forward` finds in `ctx.cross` which
-                                             rows see which pictures
+    cross_attention = True                   then `embed` gets no image_rows, and `forward` finds in `ctx.cross` which rows see
+                                             which pictures
+    kept(rows) -> Tensor                     of a picture's encoding [features, hidden], what the vision cache keeps: [layers, 2,
+                                             features, num_kv_heads, head_dim], keys and values of this rank's heads
     num_features(grid) -> int                features of a picture
     feature_width: int                       numbers kept for each of them: 2 * layers * num_kv_heads * head_dim
 
@@ -75,6 +77,10 @@ class EncodesImages:
         """See the contract above."""
         raise NotImplementedError
 
+    def kept(self, rows: Tensor) -> Tensor:
+        """See the contract above."""
+        return rows
+
     def encode_images(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """Features of each picture."""
-        return drain(self.encoding(pixels, grids))
+        return [self.kept(rows) for rows in drain(self.encoding(pixels, grids))]

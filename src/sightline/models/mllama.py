@@ -221,10 +221,14 @@ class MllamaForConditionalGeneration(EncodesImages, nn.Module):
         return grid[1] * grid[2] * self.config.vision.tokens_per_tile
 
     def encoding(self, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> Encoding[list[Tensor]]:
-        """pixels: uint8 [tiles, S, S, 3] each, on the device; grids: (aspect ratio id, rows, columns). Returns keys and
-        values [cross layers, 2, tiles * tokens, num_kv_heads, head_dim] each."""
+        """pixels: uint8 [tiles, S, S, 3] each, on the device; grids: (aspect ratio id, rows, columns). Returns
+        [tiles * tokens, hidden] each."""
         states = yield from self.vision_model(pixels, grids)
-        return [self.model.encode(self.multi_modal_projector(s)) for s in states]
+        return [self.multi_modal_projector(s) for s in states]
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """rows [N, hidden] of a picture -> keys and values [cross layers, 2, N, num_kv_heads, head_dim]."""
+        return self.model.encode(rows)
 
     def embed(self, input_ids: Tensor, image_rows: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """input_ids int64 [T] -> [T, hidden]. Placeholders have an embedding of their own: nothing is merged."""

@@ -15,7 +15,9 @@ from sightline.server.metrics import DEFINITIONS
 
 def test_every_metric_named_is_exported() -> None:
     exported = {f"sightline_{d.name}" for d in DEFINITIONS}
-    exported |= {f"sightline_{d.name}_bucket" for d in DEFINITIONS if d.kind == "histogram"}
+    exported |= {
+        f"sightline_{d.name}_{part}" for d in DEFINITIONS if d.kind == "histogram" for part in ("bucket", "sum")
+    }
     expressions = [query.expr for _, panels in ROWS for panel in panels for query in panel.queries]
     expressions += [alert.expr for alert in ALERTS]
     named = {name for text in expressions for name in re.findall(r"sightline_\w+", text)}
@@ -31,7 +33,7 @@ def test_the_labels_matched_are_the_labels_exported() -> None:
         for panel in panels:
             for query in panel.queries:
                 for name, matchers in re.findall(r"(sightline_\w+)\{([^}]*)\}", query.expr):
-                    known = labels[name.removesuffix("_bucket")]
+                    known = labels[re.sub("_(bucket|sum)$", "", name)]
                     assert set(re.findall(r"(\w+)=", matchers)) <= known, query.expr
 
 

@@ -94,7 +94,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel("A step of the engine", "s", _quantiles("step_seconds")),
             Panel("Time in the queue", "s", _quantiles("queue_seconds")),
             Panel("Prefill", "s", _quantiles("prefill_seconds"), "From an answer's first step to its first token."),
-            Panel("Answers set back", "none", (Query(_rate("retractions_total"), "set back"), Query(_rate("aborts_total"), "aborted")), "For want of K/V pages, and because clients went; a second."),
+            Panel("Answers set back", "none", (Query(_rate("retractions_total"), "set back"),), "For want of K/V pages; a second."),
         ),
     ),
     (
@@ -117,6 +117,17 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel("Memory of the HTTP process", "bytes", (Query(f"process_resident_memory_bytes{_ONLY}", "{{instance}}"), Query(f"sightline_held_bytes{_ONLY}", "bodies and pictures in flight"))),
             Panel("Processor of the HTTP process", "none", (Query(f"rate(process_cpu_seconds_total{_ONLY}{_RATE})", "{{instance}}"),), "Cores."),
             Panel("Evicted pictures", "none", (Query(_rate("vision_cache_evictions_total"), "evicted"),), "Pictures a second."),
+        ),
+    ),
+    (
+        "What makes everybody wait",
+        (
+            Panel("Event loop late by", "s", _quantiles("event_loop_lag_seconds"), "Of the HTTP process: every request in it waits as long."),
+            Panel("Slow readers", "none", (Query(_rate("write_stall_seconds_sum"), "waiting"),), "Answers that wait for their clients to read."),
+            Panel("Silence of engines", "s", (Query(f"sightline_engine_silence_seconds{_ONLY}", "{{instance}} {{engine}}"),), "Since the last sign of life of one that has work."),
+            Panel("Aborted answers", "none", (Query(_rate("aborts_total", "state"), "{{state}}"),), "By what they were at; a second."),
+            Panel("Pixels being decoded", "bytes", (Query(f"sightline_picture_decoding_bytes{_ONLY}", "{{instance}}"),)),
+            Panel("Prompt tokens by key", "none", (Query(_rate("tenant_prompt_tokens_total", "tenant"), "{{tenant}}"), Query(_rate("tenant_cached_tokens_total", "tenant"), "{{tenant}}: of these, cached")), "Tokens a second."),
         ),
     ),
 )  # fmt: skip
@@ -166,6 +177,11 @@ ALERTS: tuple[Alert, ...] = (
         "SightlineSetBack", "sum by (instance) (rate(sightline_retractions_total[10m])) > 0.1", "10m", "ticket",
         "{{ $labels.instance }} computes answers twice for want of memory",
         "K/V pages run out while answers grow. Lower --max-running-requests, or give it more memory.",
+    ),
+    Alert(
+        "SightlinePagesLost", "max by (instance) (sightline_kv_pages_lost) > 0", "1m", "ticket",
+        "{{ $labels.instance }} has lost {{ $value }} K/V pages",
+        "No answer owns them and nothing gives them back: a fault of sightline. Restart when it suits, and report it with the log.",
     ),
     Alert(
         "SightlinePicturesUnreachable", f"1 - {_FETCHED_WELL} / ({_FETCHED} > 0.1) > 0.2", "15m", "ticket",

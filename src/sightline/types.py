@@ -325,7 +325,9 @@ class EngineStats(msgspec.Struct, kw_only=True, tag=True):
     queried_tokens: tokens of prompts that were looked up in the prefix cache when a request got its turn; cached_tokens of
     them were there. recomputed_tokens: tokens whose K/V was given back by retractions. queue_seconds: from arrival to the
     first step; prefill_seconds: from there to the first token; encode_seconds: the part of a step that encodes its
-    pictures (on a GPU: that launches it); step_seconds: one turn of the loop.
+    pictures (on a GPU: that launches it); step_seconds: one turn of the loop. aborts_waiting, aborts_prefill: of the aborts,
+    those of answers that had no pages, and of those whose prompt was being computed; the others were being decoded.
+    pages_lost: pages in use that no running answer owns; anything but 0 is a fault of ours.
     """
 
     num_running: int = 0
@@ -342,9 +344,12 @@ class EngineStats(msgspec.Struct, kw_only=True, tag=True):
     vision_cache_bytes: int = 0
     retractions: int = 0
     aborts: int = 0
+    aborts_waiting: int = 0
+    aborts_prefill: int = 0
     finished: int = 0
     steps: int = 0
     pages_locked: int = 0
+    pages_lost: int = 0
     queried_tokens: int = 0
     recomputed_tokens: int = 0
     image_tokens: int = 0
@@ -361,6 +366,11 @@ class EngineStats(msgspec.Struct, kw_only=True, tag=True):
     def kv_usage(self) -> float:
         """Part of the K/V pages, 0 to 1, that cannot be had without setting an answer back."""
         return (self.pages_in_use + self.pages_locked) / self.pages_total if self.pages_total else 0.0
+
+    @property
+    def aborts_decode(self) -> int:
+        """Answers that ended while their tokens came, because nobody wanted them any more."""
+        return self.aborts - self.aborts_waiting - self.aborts_prefill
 
     @property
     def prefix_hit_rate(self) -> float:

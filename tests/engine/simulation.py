@@ -553,6 +553,7 @@ class Simulation:
         owners = Counter(tree) + Counter(own)
         assert not [page for page, n in owners.items() if n > 1], "a page with two owners"
         assert self.pool.num_free + len(tree) + len(own) == self.pool.num_total, "a page without an owner"
+        assert self.core.snapshot().pages_lost == 0
         self.pool.check_integrity()
         self.vision_cache.check_integrity()
         if radix is not None:
@@ -580,4 +581,5 @@ class Simulation:
         self.met["picture reused"] = self.vision_cache.hits
         snapshot = self.core.snapshot()
         assert snapshot.pages_in_use == 0
+        assert min(snapshot.aborts_waiting, snapshot.aborts_prefill, snapshot.aborts_decode) >= 0
         assert snapshot.finished + snapshot.aborts == sum(c.reason is not None for c in self.choices.values())

@@ -177,6 +177,10 @@ CASES = {
         [series("sightline_retractions_total", "0+30x60", engine="0")],
         [series("sightline_retractions_total", "0+1x60", engine="0")],
     ),
+    "SightlinePagesLost": (
+        [series("sightline_kv_pages_lost", "2x60", engine="0"), series("sightline_kv_pages_lost", "0x60", engine="1")],
+        [series("sightline_kv_pages_lost", "0x60", engine="0")],
+    ),
     "SightlinePicturesUnreachable": (
         [series("sightline_pictures_total", "0+70x60", source="https", result="ok"), series("sightline_pictures_total", "0+30x60", source="https", result="failed_to_download_image")],
         [series("sightline_pictures_total", "0+70x60", source="https", result="ok"), series("sightline_pictures_total", "0+30x60", source="data", result="invalid_base64_image")],

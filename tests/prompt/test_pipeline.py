@@ -65,6 +65,20 @@ def test_prompt_is_consistent() -> None:
     assert (prompt.input_ids == tiny.IMAGE_PAD).sum() == 36
 
 
+def test_pixels_being_decoded_are_counted_until_they_are_not() -> None:
+    mine = pipeline()
+    (one,) = chat(mine, image(picture(1))).pictures.values()
+
+    async def during_and_after() -> tuple[int, int]:
+        during = await mine.use(one, lambda image: mine.decoding_bytes // (image.width * image.height))
+        await asyncio.sleep(0)
+        return during, mine.decoding_bytes
+
+    during, after = asyncio.run(during_and_after())
+    assert during >= 3
+    assert after == 0
+
+
 def test_all_ways_to_give_a_picture_agree(tmp_path: Path) -> None:
     data = picture(3)
     path = tmp_path / "p.png"

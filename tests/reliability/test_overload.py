@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 import socket
 import statistics
 import threading
@@ -162,10 +163,17 @@ def test_the_runs_deadline(url: str, count: Count) -> None:
     count(1, f"{took:.2f} s; limit 0.5 s")
 
 
+def write_stalls(url: str) -> tuple[float, float]:
+    """How often answers waited for slow readers, and for how many seconds."""
+    page = requests.get(f"{url}/metrics", timeout=5).text
+    found = dict(re.findall(r"^sightline_write_stall_seconds_(count|sum) (\S+)$", page, re.MULTILINE))
+    return float(found["count"]), float(found["sum"])
+
+
 @pytest.mark.check(13)
 def test_readers_that_stop_are_cut_off(url: str, busy_process: ServerProcess, count: Count) -> None:
     """A reader that takes nothing: its stream ends at the client's deadline once the buffers are full."""
-    aborted = info(url)["calls"]["aborted"]
+    aborted, (stalls, stalled) = info(url)["calls"]["aborted"], write_stalls(url)
     body = json.dumps(
         {
             "messages": ask("x"),
@@ -200,6 +208,8 @@ def test_readers_that_stop_are_cut_off(url: str, busy_process: ServerProcess, co
         reader.close()
     assert growth < 30
     assert info(url)["calls"]["aborted"] == aborted + 1
+    assert write_stalls(url)[0] > stalls
+    assert write_stalls(url)[1] > stalled + 1.9
     count(1, f"cut off {took:.1f} s after the request: the buffers fill, then 2 s; memory +{growth:.0f} MB")
 
 

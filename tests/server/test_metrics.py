@@ -10,7 +10,11 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from sightline.server.metrics import DEFINITIONS
+import sightline
+from sightline.config import ServerConfig
+from sightline.server.lifecycle import Lifecycle
+from sightline.server.metrics import DEFINITIONS, render
+from sightline.types import EngineStats
 from tests import tiny
 from tests.server.conftest import ask, data_url, image_part, picture
 from tests.servers import ServerProcess
@@ -35,9 +39,13 @@ def chat(server: ServerProcess, *parts: dict | str, **fields: object) -> request
 def scrape(server: ServerProcess) -> Samples:
     answer = requests.get(f"{server.base_url}/metrics", headers=KEY, timeout=10)
     assert answer.status_code == 200, answer.text
+    return parsed(answer.text)
+
+
+def parsed(page: str) -> Samples:
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(answer.text)
+        for family in text_string_to_metric_families(page)
         for sample in family.samples
     }
 
@@ -72,6 +80,8 @@ def test_counters_move_by_what_the_client_was_told(server: ServerProcess) -> Non
     assert moved("prefix_cached_tokens_total", engine="0") == sum(d["cached_tokens"] for d in details)
     assert moved("generation_tokens_total", engine="0") == 10
     assert moved("pictures_encoded_total", engine="0") == 1
+    assert moved("tenant_prompt_tokens_total", tenant="key-1") == sum(u["prompt_tokens"] for u in usage)
+    assert moved("tenant_cached_tokens_total", tenant="key-1") == sum(d["cached_tokens"] for d in details)
     assert moved("calls_total", outcome="finished") == 2
     assert moved("choices_total", finish_reason="length") == 2
     assert moved("pictures_total", source="data", result="ok") == 2
@@ -83,6 +93,75 @@ def test_counters_move_by_what_the_client_was_told(server: ServerProcess) -> Non
     assert moved("queue_seconds_count", engine="0") == moved("prefill_seconds_count", engine="0") == 2
     assert moved("picture_decode_seconds_count") == moved("picture_encode_seconds_count", engine="0") == 1
     assert moved("step_seconds_count", engine="0") >= 8
+
+
+def test_a_client_that_goes_is_counted_by_what_its_answer_was_at(server: ServerProcess) -> None:
+    before = scrape(server)
+    body = {"messages": ask("hello"), "stream": True, "ignore_eos": True, "max_tokens": 4000}
+    url = f"{server.base_url}/v1/chat/completions"
+    with requests.post(url, json=body, headers=KEY, stream=True, timeout=30) as answer:
+        next(line for line in answer.iter_lines() if b'"content":"' in line)
+    labels = {"engine": "0", "state": "decode"}
+    deadline = time.monotonic() + 10
+    while (after := scrape(server)) and value(after, "sightline_calls_in_flight") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    name = "sightline_aborts_total"
+    assert value(after, name, **labels) == value(before, name, **labels) + 1
+    assert value(after, "sightline_calls_total", outcome="aborted") == 1 + value(
+        before, "sightline_calls_total", outcome="aborted"
+    )
+    for state in ("waiting", "prefill"):
+        assert value(after, name, engine="0", state=state) == value(before, name, engine="0", state=state)
+
+
+def test_gauges_of_an_idle_server(server: ServerProcess) -> None:
+    """What must be nothing is nothing, and what is always measured is measured."""
+    chat(server, "hello", max_tokens=3)
+    samples = scrape(server)
+    for name in ("requests_running", "requests_waiting", "kv_pages_lost", "kv_pages_locked", "engine_silence_seconds"):
+        assert samples["sightline_" + name, (("engine", "0"),)] == 0, name
+    for name in ("calls_in_flight", "held_bytes", "held_tokens", "picture_decoding_bytes"):
+        assert samples["sightline_" + name, ()] == 0, name
+    pages = [value(samples, f"sightline_kv_pages{part}", engine="0") for part in ("", "_free", "_cached")]
+    assert pages[0] == pages[1] + pages[2] > 0
+    uptime = value(samples, "sightline_uptime_seconds")
+    assert 1 <= value(samples, "sightline_event_loop_lag_seconds_count") <= 4 * uptime
+    assert value(samples, "sightline_state", state="ready") == 1
+    assert value(samples, "sightline_engines_alive") == value(samples, "sightline_engines") == 1
+    assert samples["sightline_build_info", (("model", "tiny"), ("version", sightline.__version__))] == 1
+
+
+class TwoEngines(Lifecycle):
+    """As with --dp-size 2, with counters that say whose they are."""
+
+    replica_stats = [  # type: ignore[assignment]
+        EngineStats(
+            num_running=10 * i + 1, num_waiting=10 * i + 2, pages_total=100, pages_in_use=20 * i, prompt_tokens=10 * i + 3,
+            queried_tokens=8, cached_tokens=i + 1, generated_tokens=10 * i + 4, aborts=i + 5, aborts_waiting=2, aborts_prefill=1,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("peer", "label", "expected"),
+    [
+        ("vllm", "engine", {"num_requests_running": (1, 11), "num_requests_waiting": (2, 12), "kv_cache_usage_perc": (0, 0.2), "prefix_cache_hits_total": (1, 2)}),
+        ("sglang", "dp_rank", {"num_running_reqs": (1, 11), "num_queue_reqs": (2, 12), "token_usage": (0, 0.2), "cache_hit_rate": (0.125, 0.25), "prompt_tokens_total": (3, 13)}),
+    ],
+)  # fmt: skip
+def test_each_engine_has_its_own_values_under_every_name(peer: str, label: str, expected: dict) -> None:
+    lifecycle = TwoEngines(ServerConfig(model="tiny", metrics_compat=peer))  # type: ignore[arg-type]
+    samples = parsed(render(lifecycle).decode())
+    for name, numbers in expected.items():
+        found = [value(samples, f"{peer}:{name}", model_name="tiny", **{label: str(i)}) for i in range(2)]
+        assert found == list(numbers), name
+    assert [value(samples, "sightline_requests_running", engine=str(i)) for i in range(2)] == [1, 11]
+    by_state = {
+        s: value(samples, "sightline_aborts_total", engine="1", state=s) for s in ("waiting", "prefill", "decode")
+    }
+    assert by_state == {"waiting": 2, "prefill": 1, "decode": 3}
+    assert (f"{peer}:e2e_request_latency_seconds_count", (("model_name", "tiny"),)) in samples
 
 
 def test_aliases_have_the_peer_s_names_and_our_values(server: ServerProcess) -> None:

@@ -145,6 +145,11 @@ class AsyncEngine:
         """The engine has work and has been silent for so long that it will probably be ended."""
         return self._stall_timeout is not None and self._silence() > min(20.0, self._stall_timeout / 2)
 
+    @property
+    def silences(self) -> list[float]:
+        """Seconds of each engine since its last sign of life while it has work: one."""
+        return [self._silence()]
+
     def _silence(self) -> float:
         """Seconds without a sign of life from an engine that has work; it sends several a second while it steps."""
         waits_for_us = self._supplying > 0

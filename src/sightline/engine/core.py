@@ -172,11 +172,13 @@ class EngineCore:
 
     def _finish(self, request: Request, reason: FinishReason, **fields: Any) -> TokenEvent:
         del self._requests[request.request_id, request.index]
-        self.scheduler.finish(request, reason)
         if reason is FinishReason.ABORT:
             self.stats.aborts += 1
+            self.stats.aborts_waiting += not request.pages
+            self.stats.aborts_prefill += bool(request.pages) and request.in_prefill
         else:
             self.stats.finished += 1
+        self.scheduler.finish(request, reason)
         return TokenEvent(
             request_id=request.request_id,
             index=request.index,
@@ -380,13 +382,15 @@ class EngineCore:
         scheduler = self.scheduler
         free = scheduler.pool.num_free
         cached = scheduler.radix.num_pages if scheduler.radix is not None else 0
+        in_use = self.stats.pages_total - free - cached
         return msgspec.structs.replace(
             self.stats,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             pages_free=free,
             pages_cached=cached,
-            pages_in_use=self.stats.pages_total - free - cached,
+            pages_in_use=in_use,
+            pages_lost=in_use - sum(len(r.pages) - r.num_tree_pages for r in scheduler.running),
             pages_locked=scheduler.radix.num_locked if scheduler.radix is not None else 0,
             waiting_tokens=sum(r.num_tokens for r in scheduler.waiting),
             vision_cache_hits=scheduler.vision_cache.hits,

@@ -123,6 +123,11 @@ class ReplicaSet:
         """The counters of each engine, in order."""
         return [engine.stats for engine in self._engines]
 
+    @property
+    def silences(self) -> list[float]:
+        """Seconds of each engine since its last sign of life while it has work, in order."""
+        return [seconds for engine in self._engines for seconds in engine.silences]
+
     def end_all(self, error: Exception) -> None:
         """Fail the requests in flight and every later one with `error`."""
         for engine in self._engines:

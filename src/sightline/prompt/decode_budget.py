@@ -36,6 +36,11 @@ class DecodeBudget:
         # Not the default threads: text must not wait for pictures.
         self._threads = ThreadPoolExecutor(os.cpu_count(), "sightline-decoder", _give_way)
 
+    @property
+    def num_bytes(self) -> int:
+        """Pixel bytes being decoded now."""
+        return self._total - self._free
+
     async def run(self, num_bytes: int, function: Callable[..., T], *args: Any) -> T:
         """Run `function` in a worker thread while holding `num_bytes` of the budget."""
         loop = asyncio.get_running_loop()

@@ -156,6 +156,11 @@ class PromptPipeline:
         ids = self.tokenizer.encode_trusted(rendered.text, rendered.client_positions)
         return ids.count(self.processor.image_token_id) == 1
 
+    @property
+    def decoding_bytes(self) -> int:
+        """Pixel bytes being decoded now."""
+        return self._budget.num_bytes
+
     async def close(self) -> None:
         """Close the media client and the decoding threads."""
         await self.media.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from sightline.errors import RequestError
 from sightline.server.errors import error_body
 from sightline.server.limits import MAX_HEADER_BYTES, MAX_HEADERS
+from sightline.types import Histogram
 
 # Beyond a client's own time: for the answer 408, and for what was sent while it was refused.
 _GRACE = 2.0
@@ -25,18 +26,19 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     timeout = 60.0
+    stalls: ClassVar[Histogram] = Histogram()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._header_bytes = 0
         self._in_message = self._in_headers = self._refused = False
         self._stall: asyncio.TimerHandle | None = None
+        self._stalled_since = 0.0
         self._sending = self.loop.call_later(self.timeout, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._sending.cancel()
-        if self._stall is not None:
-            self._stall.cancel()
+        self._read_on()
         super().connection_lost(exc)
 
     def _too_slow(self) -> None:
@@ -126,14 +128,19 @@ class BoundedProtocol(HttpToolsProtocol):
         super().pause_writing()
         if self._stall is None:
             self._stall = self.loop.call_later(self.timeout, self.transport.abort)
+            self._stalled_since = self.loop.time()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._read_on()
+
+    def _read_on(self) -> None:
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
+            self.stalls.observe(self.loop.time() - self._stalled_since)
 
 
-def bounded_protocol(timeout: float) -> type[Any]:
-    """The protocol class with a client timeout."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"timeout": timeout})
+def bounded_protocol(timeout: float, stalls: Histogram) -> type[Any]:
+    """The protocol class with a client timeout. stalls: where times are noted that answers waited for slow readers."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"timeout": timeout, "stalls": stalls})

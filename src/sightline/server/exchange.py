@@ -332,6 +332,9 @@ class Exchange(ABC):
         """Count the request, and say what the access log says of it."""
         now = time.monotonic()
         self._observed.request.observe(now - self._started)
+        tenant = self.lifecycle.keys.tenant(self.tenant)
+        self._observed.prompt_tokens[tenant] += self.num_prompt
+        self._observed.cached_tokens[tenant] += self.num_cached
         if isinstance(who := caller(), Call):
             first = None if self._first_token is None else round((self._first_token - self._started) * 1e3)
             who.fields = {

@@ -51,6 +51,7 @@ class Lifecycle:
         self.admission = Admission(config)
         self.keys = Keys.of(config)
         self.observed = Observed()
+        self._loop_watch: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._on_progress = on_progress
@@ -71,6 +72,11 @@ class Lifecycle:
     def replica_stats(self) -> list[EngineStats]:
         """The counters of each engine, in order; none before they are started."""
         return [] if self._engine is None else self._engine.replica_stats
+
+    @property
+    def silences(self) -> list[float]:
+        """Seconds since the last sign of life of each engine that has work, 0 for the others; none before they are started."""
+        return [] if self._engine is None else self._engine.silences
 
     @property
     def num_alive(self) -> tuple[int, int]:
@@ -99,6 +105,7 @@ class Lifecycle:
         """Bring everything up. Raises `StartupError`."""
         config = self.config
         loop = asyncio.get_running_loop()
+        self._loop_watch = loop.create_task(self.observed.measure_loop())
 
         def download(fraction: float | None, detail: str) -> None:
             loop.call_soon_threadsafe(self._report, LoadProgress("download", fraction, detail))
@@ -195,6 +202,8 @@ class Lifecycle:
 
     async def close(self) -> None:
         """End the engine and the media client."""
+        if self._loop_watch is not None:
+            self._loop_watch.cancel()
         if self._engine is not None:
             await self._engine.close()
         if self._pipeline is not None:

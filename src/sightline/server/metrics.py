@@ -61,11 +61,16 @@ DEFINITIONS = (
     Definition("time_to_first_token_seconds", "histogram", "From a request's body to its first token."),
     Definition("inter_token_seconds", "histogram", "Between two tokens of an answer."),
     Definition("request_seconds", "histogram", "From a request's body to the end of its answer."),
+    Definition("write_stall_seconds", "histogram", "Waits of answers for clients that do not read; --client-timeout ends them."),
+    Definition("event_loop_lag_seconds", "histogram", "How late the HTTP process' event loop is, measured four times a second."),
+    Definition("tenant_prompt_tokens_total", "counter", "Prompt tokens by key: key-1 is the first of --api-key.", ("tenant",)),
+    Definition("tenant_cached_tokens_total", "counter", "Of these, tokens found in the prefix cache.", ("tenant",)),
     # pictures
     Definition("pictures_total", "counter", "Pictures asked for, by kind of URL and result.", ("source", "result")),
     Definition("picture_fetched_bytes_total", "counter", "Bytes of pictures that were fetched."),
     Definition("picture_fetch_seconds", "histogram", "Fetching a picture, failures included."),
     Definition("picture_decode_seconds", "histogram", "Decoding a picture in its worker thread."),
+    Definition("picture_decoding_bytes", "gauge", "Memory for pixels of the pictures that are decoded now."),
     Definition("picture_resize_seconds", "histogram", "Resizing a picture in its worker thread."),
     # engines
     _engine("requests_running", "gauge", "num_running", "Answers that are computed now."),
@@ -78,7 +83,8 @@ DEFINITIONS = (
     _engine("prefix_cached_tokens_total", "counter", "cached_tokens", "Of these, tokens that were there."),
     _engine("retractions_total", "counter", "retractions", "Answers set back for want of K/V pages."),
     _engine("recomputed_tokens_total", "counter", "recomputed_tokens", "Tokens whose K/V retractions gave back."),
-    _engine("aborts_total", "counter", "aborts", "Answers ended because nobody wanted them any more."),
+    Definition("aborts_total", "counter", "Answers ended because nobody wanted them any more, by what they were at.", ("engine", "state")),
+    Definition("engine_silence_seconds", "gauge", "Since the last sign of life of an engine that has work; --stall-timeout ends it.", ("engine",)),
     _engine("steps_total", "counter", "steps", "Steps of the engine."),
     _engine("queue_seconds", "histogram", "queue_seconds", "From an answer's arrival to its first step."),
     _engine("prefill_seconds", "histogram", "prefill_seconds", "From an answer's first step to its first token."),
@@ -88,6 +94,7 @@ DEFINITIONS = (
     _engine("kv_pages_free", "gauge", "pages_free", "Pages that hold nothing."),
     _engine("kv_pages_cached", "gauge", "pages_cached", "Pages of the prefix cache, locked ones included."),
     _engine("kv_pages_locked", "gauge", "pages_locked", "Pages of the prefix cache that answers use now."),
+    _engine("kv_pages_lost", "gauge", "pages_lost", "Pages that are neither free nor cached nor an answer's: must be 0."),
     _engine("kv_usage_ratio", "gauge", "kv_usage", "Part of the pages, 0 to 1, that answers use and that cannot be taken from them."),
     _engine("pictures_encoded_total", "counter", "images_encoded", "Pictures encoded."),
     _engine("vision_cache_hits_total", "counter", "vision_cache_hits", "Pictures whose features were there."),
@@ -157,6 +164,16 @@ def _http(lifecycle: Lifecycle) -> dict[str, Samples]:
         "time_to_first_token_seconds": {(): observed.first_token},
         "inter_token_seconds": {(): observed.between_tokens},
         "request_seconds": {(): observed.request},
+        "write_stall_seconds": {(): observed.stalls},
+        "event_loop_lag_seconds": {(): observed.loop_lag},
+        "tenant_prompt_tokens_total": {(tenant,): n for tenant, n in observed.prompt_tokens.items()},
+        "tenant_cached_tokens_total": {(tenant,): n for tenant, n in observed.cached_tokens.items()},
+        "engine_silence_seconds": {(str(i),): seconds for i, seconds in enumerate(lifecycle.silences)},
+        "aborts_total": {
+            (str(i), state): getattr(each, f"aborts_{state}")
+            for i, each in enumerate(lifecycle.replica_stats)
+            for state in ("waiting", "prefill", "decode")
+        },
     }
     media = lifecycle.media
     if media is not None:
@@ -165,13 +182,14 @@ def _http(lifecycle: Lifecycle) -> dict[str, Samples]:
             "picture_fetched_bytes_total": {(): media.counters.fetched_bytes},
             "picture_fetch_seconds": {(): media.stats.fetch_seconds},
             "picture_decode_seconds": {(): media.stats.decode_seconds},
+            "picture_decoding_bytes": {(): lifecycle.pipeline.decoding_bytes},
             "picture_resize_seconds": {(): media.stats.resize_seconds},
         }
     return values
 
 
 def _of_engines(definition: Definition, stats: Sequence[EngineStats]) -> Samples:
-    if definition.labels != ("engine",):
+    if not definition.source:
         return {}
     return {(str(i),): getattr(each, definition.source) for i, each in enumerate(stats)}
 

@@ -82,7 +82,7 @@ class _Server:
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=2,
-                http=bounded_protocol(self._config.client_timeout),
+                http=bounded_protocol(self._config.client_timeout, lifecycle.observed.stalls),
                 ws="none",
             )
         )

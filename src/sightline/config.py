@@ -146,6 +146,10 @@ class ServerConfig(EngineConfig):
     metrics_compat: Literal["none", "vllm", "sglang"] = setting(
         "none", "Add to `/metrics` what routers read, under the names that vLLM or SGLang give it."
     )
+    enable_trace: bool = setting(
+        False,
+        "Send OpenTelemetry spans of each request where the OTEL_* variables say; needs `pip install 'sightline[otel]'`.",
+    )
     allowed_media_domains: tuple[str, ...] = setting(
         (), "Hosts that pictures may come from; any public one by default."
     )

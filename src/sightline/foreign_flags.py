@@ -172,6 +172,8 @@ enable-prompt-tokens-details | switch ok | usage always has them
 enable-log-requests | switch ok | each request has a line in the log
 disable-log-requests, no-enable-log-requests | switch | use --log-level warning
 disable-log-stats | switch | use --log-level warning
+otlp-traces-endpoint | | use --enable-trace, and the environment variable OTEL_EXPORTER_OTLP_ENDPOINT (http/protobuf)
+collect-detailed-traces | | --enable-trace has spans of every phase
 uvicorn-log-level | | use --log-level
 return-tokens-as-token-ids | switch | log-probabilities carry the tokens' bytes
 ssl-keyfile | | end TLS in front of the server

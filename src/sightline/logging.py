@@ -50,10 +50,11 @@ class _JsonFormatter(logging.Formatter):
 
 
 def setup_logging(level: str = "info", format: str = "text", *, role: str = "server") -> None:
-    """Configure the `sightline` loggers of this process; role is shown in every line (server, engine)."""
+    """Configure the loggers of this process, OpenTelemetry's warnings included; role is in every line (server, engine)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(role) if format == "json" else _TextFormatter(role))
-    logger = logging.getLogger("sightline")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    for name, least in (("sightline", level.upper()), ("opentelemetry", "WARNING")):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(least)
+        logger.propagate = False

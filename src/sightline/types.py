@@ -160,7 +160,8 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag=True):
     input_ids: int32 little-endian bytes, length 4 L. positions: int32 bytes of shape [3, L] (multimodal rotary), or
     empty for 0..L-1. position_delta: rotary position of token i >= L is i + position_delta. cache_salt: the tenant;
     prefixes are shared only under an equal salt. pixels: buffers of the pictures that the sender believes unknown.
-    max_wait: seconds after which a request that has not begun ends with `FinishReason.TIMEOUT`.
+    max_wait: seconds after which a request that has not begun ends with `FinishReason.TIMEOUT`. timed: events shall carry
+    `Times`.
     """
 
     request_id: str
@@ -172,6 +173,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag=True):
     pixels: tuple[PixelBuffer, ...] = ()
     cache_salt: bytes = b""
     max_wait: float = float("inf")
+    timed: bool = False
 
 
 class PutPixels(msgspec.Struct, tag=True):
@@ -203,13 +205,27 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class TokenEvent(msgspec.Struct, kw_only=True, tag=True):
+class Times(msgspec.Struct, kw_only=True):
+    """When the engine did what for a request, in seconds of this machine's monotonic clock; 0 for what has not happened.
+
+    encode_began, encode_ended: from the first of its pictures that went to the encoder to the last that left it.
+    """
+
+    arrived: float
+    begun: float = 0.0
+    encode_began: float = 0.0
+    encode_ended: float = 0.0
+    first_token: float = 0.0
+
+
+class TokenEvent(msgspec.Struct, kw_only=True, tag=True, omit_defaults=True):
     """New tokens of one choice. The last event of a choice carries `finish_reason`.
 
     num_cached_tokens: prompt tokens found in the prefix cache, set on a choice's first event and after.
     prompt_logprobs: of the prompt's tokens, if asked for, on the first event of choice 0.
     stop_token_id: the end-of-sequence or stop id that ended it (also the last of `token_ids`), if one did.
-    error: text for the server's log when finish_reason is `error`; never shown to a client.
+    error: text for the server's log when finish_reason is `error`; never shown to a client. times: of a request that asked
+    for them, with its first choice's first event and its last.
     """
 
     request_id: str
@@ -221,6 +237,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, tag=True):
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] | None = None
     error: str | None = None
+    times: Times | None = None
 
 
 class NeedPixels(msgspec.Struct, tag=True):

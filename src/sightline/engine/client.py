@@ -41,6 +41,7 @@ from sightline.types import (
     PutPixels,
     Ready,
     SamplingParams,
+    Times,
     TokenEvent,
     ids_to_bytes,
 )
@@ -216,6 +217,7 @@ class AsyncEngine:
                 pixels=self._write(pixels),
                 cache_salt=caller().salt,
                 max_wait=self._queue_timeout,
+                timed=caller().traced,
             )
         )
         for digest in prompt.pictures:
@@ -269,6 +271,7 @@ class AsyncEngine:
                 case TokenEvent():
                     flight = self._flights.get(message.request_id)
                     if flight is not None:
+                        flight.times = message.times or flight.times
                         flight.events.put_nowait(message)
                 case EngineStats():
                     self.stats = message
@@ -314,6 +317,7 @@ class Answer:
         self.prompt = prompt
         self.pipeline = pipeline
         self.events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+        self.times: Times | None = None
         self._following: TokenEvent | Exception | None = None
         self._engine = engine
         self._request_id = request_id

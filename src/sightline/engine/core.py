@@ -22,6 +22,7 @@ from sightline.types import (
     ImageRef,
     NeedPixels,
     SamplingParams,
+    Times,
     TokenEvent,
     TokenLogprob,
     ids_from_bytes,
@@ -139,6 +140,7 @@ class EngineCore:
                 leader=leader,
                 start_by=now + message.max_wait,
                 arrived=now,
+                times=Times(arrived=now) if message.timed and leader is None else None,
             )
             leader = leader or request
             self._requests[request.request_id, index] = request
@@ -184,6 +186,7 @@ class EngineCore:
             index=request.index,
             finish_reason=reason,
             num_cached_tokens=request.num_cached,
+            times=request.times,
             **fields,
         )
 
@@ -237,6 +240,8 @@ class EngineCore:
         for row in batch.rows[batch.num_decode :]:
             if row.request.begun is None:
                 row.request.begun = now
+                if row.request.times is not None:
+                    row.request.times.begun = now
                 self.stats.queue_seconds.observe(now - row.request.arrived)
 
     def _start_matchers(self) -> list[TokenEvent]:
@@ -275,6 +280,8 @@ class EngineCore:
         """Fill the vision cache. A picture that cannot be encoded ends the requests that hold it, and leaves the batch."""
         if batch.encode:
             self.stats.images_encoded += len(batch.encode)
+            for times in self._times_of(image.digest for image in batch.encode):
+                times.encode_began = times.encode_began or self._clock()
             self._pictures.add(batch.encode, [self.scheduler.pixels.pop(image.digest) for image in batch.encode])
         if not self._pictures:
             return []
@@ -283,6 +290,8 @@ class EngineCore:
         for done in self._pictures.advance(batch.needed, batch.num_decode > 0):
             if done.features is not None:
                 self.scheduler.vision_cache.fill(done.image.digest, done.features)
+                for times in self._times_of([done.image.digest]):
+                    times.encode_ended = self._clock()
                 continue
             if done.error is not None:
                 _reraise_if_fatal(done.error)
@@ -295,6 +304,12 @@ class EngineCore:
             batch.rows = [row for row in batch.rows if not row.request.finished]
             batch.num_decode = num_decode
         return events
+
+    def _times_of(self, digests: Iterable[bytes]) -> list[Times]:
+        """Of the requests that hold one of these pictures and are timed."""
+        timed = [r for r in self._requests.values() if r.times is not None]
+        wanted = set(digests) if timed else set()
+        return [r.times for r in timed if r.times is not None and not r.pinned.isdisjoint(wanted)]
 
     def _launched(self, rows: Sequence[ScheduledRow]) -> None:
         for row in rows:
@@ -352,7 +367,10 @@ class EngineCore:
         request.output_ids.append(sampled.token_id)
         self.stats.generated_tokens += 1
         if len(request.output_ids) == 1 and request.begun is not None:
-            self.stats.prefill_seconds.observe(self._clock() - request.begun)
+            now = self._clock()
+            self.stats.prefill_seconds.observe(now - request.begun)
+            if request.times is not None:
+                request.times.first_token = now
         sampling = request.sampling
         fields: dict[str, Any] = {
             "token_ids": [sampled.token_id],
@@ -374,7 +392,11 @@ class EngineCore:
         if len(request.output_ids) >= request.max_tokens:
             return self._finish(request, FinishReason.LENGTH, **fields)
         return TokenEvent(
-            request_id=request.request_id, index=request.index, num_cached_tokens=request.num_cached, **fields
+            request_id=request.request_id,
+            index=request.index,
+            num_cached_tokens=request.num_cached,
+            times=request.times if len(request.output_ids) == 1 else None,
+            **fields,
         )
 
     def snapshot(self) -> EngineStats:

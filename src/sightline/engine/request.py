@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sightline.types import FinishReason, ImageRef, SamplingParams, TokenLogprob
+from sightline.types import FinishReason, ImageRef, SamplingParams, Times, TokenLogprob
 
 if TYPE_CHECKING:
     from sightline.cache.radix import Node
@@ -28,7 +28,7 @@ class Request:
     rest to this request. pinned: digests of the pictures whose features this request holds in the vision cache.
     leader: the first choice of the same request; this one waits until the leader's prompt is in the prefix cache.
     start_by: when the request ends with a timeout if it has not begun. arrived, begun: when it came and when its first step ran.
-    matcher: where the answer stands in its grammar; the request waits until it has started.
+    matcher: where the answer stands in its grammar; the request waits until it has started. times: kept if somebody asked.
     prompt_logprobs: of the prompt's tokens, as far as they are known, if they are asked for; one choice has them for all.
     """
 
@@ -46,6 +46,7 @@ class Request:
     start_by: float = float("inf")
     arrived: float = 0.0
     matcher: Matcher | None = None
+    times: Times | None = None
 
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from sightline.errors import ImageError
 from sightline.prompt.addresses import embedded, is_dotted_quad
 from sightline.prompt.addresses import is_public as is_public
-from sightline.prompt.caller import caller
+from sightline.prompt.caller import caller, phase
 from sightline.prompt.counters import MediaCounters, PictureStats
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -121,7 +121,8 @@ class MediaLoader:
         if scheme in ("http", "https"):
             began = time.monotonic()
             try:
-                data = await self._fetch(url)
+                with phase("picture.fetch"):
+                    data = await self._fetch(url)
             finally:
                 self.stats.fetch_seconds.observe(time.monotonic() - began)
             self.counters.fetched_bytes += len(data)
@@ -190,7 +191,7 @@ class MediaLoader:
                 scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path
             )
             async with self._connections().stream(
-                "GET", raw, headers=[(b"Host", target.netloc), *_HEADERS]
+                "GET", raw, headers=[(b"Host", target.netloc), *_HEADERS, *caller().outgoing]
             ) as response:
                 headers = {name.lower(): value.decode("latin-1") for name, value in response.headers}
                 if response.status in (301, 302, 303, 307, 308) and b"location" in headers:

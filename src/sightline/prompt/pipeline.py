@@ -17,7 +17,7 @@ from PIL import Image
 
 from sightline.errors import ContextLengthError, ImageError, ModelNotFoundError, RequestError
 from sightline.prompt import media
-from sightline.prompt.caller import caller
+from sightline.prompt.caller import caller, phase
 from sightline.prompt.chat_template import ChatTemplate, Rendered, Shield, load_source
 from sightline.prompt.decode_budget import DecodeBudget
 from sightline.prompt.media import MediaLimits, MediaLoader
@@ -192,7 +192,8 @@ class PromptPipeline:
             )
             return self._expand(self._encode(rendered), pictures, "messages")
 
-        return await asyncio.to_thread(build)
+        with phase("prompt.render"):
+            return await asyncio.to_thread(build)
 
     async def text(
         self,
@@ -218,7 +219,8 @@ class PromptPipeline:
                 ids = self._with_bos(ids)
             return self._expand(ids, pictures, "prompt")
 
-        return await asyncio.to_thread(build)
+        with phase("prompt.render"):
+            return await asyncio.to_thread(build)
 
     def encode(self, text: str, *, trusted: bool = True, add_bos: bool = True) -> list[int]:
         """Ids of a raw prompt, begun as the checkpoint's tokenizer begins texts. Raises `ContextLengthError` when hopeless."""
@@ -426,7 +428,8 @@ class PromptPipeline:
             with self.media.stats.timed(self.media.stats.resize_seconds):
                 return prepare(image, self.processor.views(image.size, picture.plan), for_device)
 
-        return await self.use(picture, pixels)
+        with phase("picture.decode"):
+            return await self.use(picture, pixels)
 
     async def use(self, picture: Picture, function: Callable[[Image.Image], T]) -> T:
         """`function` of the upright RGB picture, in a worker thread and under the budget. Raises `ImageError` likewise."""

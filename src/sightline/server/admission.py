@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from sightline.config import ServerConfig
 from sightline.errors import NotFoundError, OverloadedError, RequestError, SettingError
 from sightline.prompt.caller import Caller, caller, set_caller
+from sightline.server.tracing import Trace
 
 
 class ClientGone(Exception):
@@ -76,7 +77,17 @@ class Call(Caller):
         self.num_bytes = 0
         self.num_tokens = 0
         self.fields: dict[str, Any] = {}
+        self.trace: Trace | None = None
         self._admission = admission
+
+    def follow(self, trace: Trace) -> None:
+        """From now on its phases are spans of `trace`."""
+        self.trace, self.traced, self.outgoing = trace, True, trace.outgoing
+
+    def spent(self, phase: str, began: float, ended: float) -> None:
+        """A span of the trace."""
+        if self.trace is not None:
+            self.trace.span(phase, began, ended)
 
     def hold(self, num_bytes: int) -> None:
         """Body and picture bytes that stay until the end. Raises `OverloadedError`, and keeps nothing more, when full."""

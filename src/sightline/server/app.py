@@ -32,9 +32,10 @@ from sightline.server import (
     responses,
     tokenize,
 )
-from sightline.server.admission import Call, note, reason_of
+from sightline.server.admission import Call, Outcome, note, outcome_of, reason_of
 from sightline.server.errors import error_response
 from sightline.server.lifecycle import Lifecycle
+from sightline.server.tracing import Trace
 
 logger = logging.getLogger("sightline.server")
 access = logging.getLogger("sightline.access")
@@ -47,7 +48,15 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}\Z")
 
 def create_app(lifecycle: Lifecycle) -> ASGIApp:
     """The application over a lifecycle, whose loading somebody else drives."""
-    app = FastAPI(title="sightline", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="sightline",
+        version=__version__,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        # Its own would record bodies that do not parse; `tracing.py` knows more and tells less.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     app.state.lifecycle = lifecycle
     app.state.exchanges = {}
     for module in MODULES:
@@ -135,11 +144,39 @@ class Edge:
                 return
             await error_response(error)(scope, receive, send_with_headers)
         finally:
+            traced = {}
+            if call.trace is not None:
+                traced = {"trace": call.trace.id}
+                self._end_trace(call.trace, call, scope, status)
             level = logging.DEBUG if path in _QUIET_PATHS else logging.INFO
             if access.isEnabledFor(level):
                 fields = {"request_id": request_id, "method": scope["method"], "path": quote(path[:200])}
                 total = round((time.monotonic() - started) * 1e3)
-                access.log(level, "%s", Fields({**fields, "status": status, **call.fields, "total_ms": total}))
+                access.log(
+                    level, "%s", Fields({**fields, "status": status, **call.fields, "total_ms": total, **traced})
+                )
+
+    def _end_trace(self, trace: Trace, call: Call, scope: Scope, status: int) -> None:
+        # The route's own path: what a client makes up is no name.
+        route = getattr(scope.get("route"), "path", None)
+        failed = call.error is not None and outcome_of(call.error) is Outcome.FAILED
+        trace.end(
+            f"{scope['method']} {route}" if route else scope["method"],
+            {
+                "http.request.method": scope["method"],
+                "http.route": route,
+                "http.response.status_code": status or 499,
+                "error.type": None if call.error is None else reason_of(call.error),
+                "gen_ai.response.model": self._lifecycle.model_name,
+                "gen_ai.response.id": call.fields.get("id"),
+                "gen_ai.usage.input_tokens": call.fields.get("in"),
+                "gen_ai.usage.output_tokens": call.fields.get("out"),
+                "gen_ai.response.finish_reasons": [str(call.fields["finish"])] if call.fields.get("finish") else None,
+                "sightline.cached_tokens": call.fields.get("cached"),
+                "sightline.pictures": call.fields.get("images"),
+            },
+            failed=failed,
+        )
 
     async def _admitted(
         self, call: Call, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
@@ -157,6 +194,8 @@ class Edge:
             set_caller(call)
             await self._app(scope, receive, send)
             return
+        if self._lifecycle.tracing is not None:
+            call.follow(self._lifecycle.tracing.begin(headers))
         with admission.call(call):
             self._lifecycle.require_ready()
             if not call.is_admin:

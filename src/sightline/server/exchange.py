@@ -346,6 +346,11 @@ class Exchange(ABC):
                 "ttft_ms": first,
                 "finish": finish,
             }
+            if who.trace is not None:
+                for i, answer in enumerate(self.answers):
+                    if answer.times is not None:
+                        last = max((t for (j, _), t in self._last_token.items() if j == i), default=now)
+                        who.trace.engine(answer.times, last)
 
 
 class _Aborted(RequestError):

@@ -21,6 +21,7 @@ from sightline.prompt.pipeline import PromptPipeline
 from sightline.prompt.processor import read_json
 from sightline.server.admission import Admission, Keys, busy
 from sightline.server.observed import Observed
+from sightline.server.tracing import Tracing
 from sightline.types import EngineStats, LoadProgress, MemoryPlan
 
 logger = logging.getLogger("sightline.server")
@@ -51,6 +52,7 @@ class Lifecycle:
         self.admission = Admission(config)
         self.keys = Keys.of(config)
         self.observed = Observed()
+        self.tracing = Tracing() if config.enable_trace else None
         self._loop_watch: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -208,6 +210,8 @@ class Lifecycle:
             await self._engine.close()
         if self._pipeline is not None:
             await self._pipeline.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def media_limits(config: ServerConfig) -> MediaLimits:

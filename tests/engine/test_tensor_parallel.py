@@ -214,7 +214,7 @@ def test_a_rank_keeps_features_until_it_is_told_to_forget_them() -> None:
     tell(messages.EndEncoding(1, exchange=True))
     assert {digest[0]: value for digest, value in loop._features.items()} == {0: "other", 1: (2, 2), 2: (2, 3)}
     host = HostStep(*[np.zeros(1, np.int64)] * 4, [1], [1], np.zeros((1, 1), np.int32), [0])
-    tell(messages.Forward([images[0].digest, images[2].digest], StepPlan(host._replace(places=[-1]), 0, [], [])))
+    tell(messages.Forward([images[0].digest, images[2].digest], StepPlan(host._replace(places=[-1]), 0, [], [], [])))
     assert list(loop._features) == [images[1].digest]
     assert not loop._encodings
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ def test_the_image() -> None:
     check = next(rest for word, rest in steps if word == "HEALTHCHECK")
     assert re.search(r"127\.0\.0\.1:8000(/\w+)", check)[1] in ROUTES  # type: ignore[index]
     assert next(rest for word, rest in steps if word == "ENTRYPOINT") == '["sightline", "serve"]'
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.findall(r"\.whl\)\[(\w+)\]", DOCKERFILE)
+    assert asked
+    assert set(asked) <= extras.keys()
     stages = {rest.split(" AS ")[1] for word, rest in steps if word == "FROM" and " AS " in rest}
     assert stages == {"wheel", "cpu", "cuda"}
 

@@ -71,7 +71,7 @@ MAY_USE_HTTP = {
     "utils": "waits for the server that it started",
 }
 MAY_OPEN_PICTURES = {
-    "prompt.media": "checks size and format before it decodes",
+    "prompt.decoder": "checks size and format before it decodes",
     "bench": "decodes its own pictures for transformers",
 }
 

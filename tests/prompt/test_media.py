@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin, WebPImagePlugin
 
 from sightline.errors import ImageError
-from sightline.prompt import media
+from sightline.prompt import decoder, media
 from sightline.prompt.media import MediaLimits, MediaLoader, is_public
 
 LIMITS = MediaLimits()
@@ -34,7 +34,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def pixel(data: bytes, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
-    image = media.decode(data, LIMITS)
+    image = decoder.decode(data, LIMITS)
     assert image.mode == "RGB"
     return image.getpixel(at)
 
@@ -54,8 +54,128 @@ def test_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(stored, "PNG", exif=exif.tobytes())
-    assert media.probe(data, LIMITS) == (40, 20)
-    np.testing.assert_array_equal(np.asarray(media.decode(data, LIMITS)), np.asarray(upright))
+    assert decoder.probe(data, LIMITS)[:2] == (40, 20)
+    np.testing.assert_array_equal(np.asarray(decoder.decode(data, LIMITS)), np.asarray(upright))
+
+
+def turned(orientation: int) -> bytes:
+    """EXIF that says so, among other tags."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x0132] = "maker", orientation, "2026:01:01 00:00:00"
+    return exif.tobytes()
+
+
+def with_late_exif(exif: bytes) -> bytes:
+    """A PNG whose EXIF follows its pixels."""
+    data, body = encode(Image.new("RGB", (20, 40))), b"eXIf" + exif.removeprefix(b"Exif\0\0")
+    return data[:-12] + struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) + data[-12:]
+
+
+def with_raw_profile(exif: bytes) -> bytes:
+    """A PNG as ImageMagick writes it."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n", zip=True)
+    return encode(Image.new("RGB", (20, 40)), pnginfo=text)
+
+
+def with_xmp(orientation: int) -> bytes:
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+    return encode(Image.new("RGB", (20, 40)), "JPEG", xmp=xmp)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(Image.new("RGB", (20, 40)), "JPEG", exif=turned(6)),
+        encode(Image.new("RGB", (20, 40)), "WEBP", exif=turned(6)),
+        encode(Image.new("RGB", (20, 40)), "PNG", exif=turned(6)),
+        with_late_exif(turned(6)),
+        with_raw_profile(turned(6)),
+        with_xmp(6),
+    ],
+    ids=["JPEG", "WebP", "PNG", "PNG, after the pixels", "PNG, in hexadecimal", "XMP"],
+)
+def test_orientation_is_found_wherever_it_is_written(data: bytes) -> None:
+    assert decoder.probe(data, LIMITS)[:2] == decoder.decode(data, LIMITS).size == (40, 20)
+
+
+def test_orientation_is_what_pillow_finds() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        exif = Image.Exif()
+        exif.endian = "<>"[rng.integers(2)]
+        for tag in rng.choice([0x010F, 0x0110, 0x0112, 0x0131, 0x0132, 0x013B], rng.integers(1, 7), replace=False):
+            exif[int(tag)] = int(rng.integers(10)) if tag == 0x0112 else "x" * int(rng.integers(1, 20))
+        data = exif.tobytes()
+        image = Image.new("RGB", (1, 1))
+        image.info["exif"] = data
+        assert decoder.exif_orientation(data) == image.getexif().get(0x0112)
+        # Cut anywhere, it is an orientation or none, and no exception.
+        assert decoder.exif_orientation(data[: rng.integers(len(data))]) in (None, image.getexif().get(0x0112))
+
+
+@pytest.mark.parametrize("kind", decoder.FORMATS)
+def test_no_pixel_is_decoded_for_the_header(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Any) -> None:
+        pytest.fail("it was decoded")
+
+    data = photo(kind)
+    for plugin in (ImageFile.ImageFile, GifImagePlugin.GifImageFile, WebPImagePlugin.WebPImageFile):
+        monkeypatch.setattr(plugin, "load", load)
+    assert decoder.probe(data, LIMITS)[:2] == (64, 64)
+
+
+def large(mode: str) -> Image.Image:
+    """Larger than a strip, of every value that the mode has."""
+    width, height = 1300, 1000
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+    values = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
+    return Image.fromarray(values, "RGBA").convert(mode) if mode != "CMYK" else Image.fromarray(values, "CMYK")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_large_pictures_are_converted_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pixels as all at once, and no other thread waits for a whole picture."""
+    image = large(mode)
+    data = encode(image, "TIFF" if mode == "CMYK" else "PNG")
+    opened = Image.open(io.BytesIO(data))
+    if mode == "I;16":
+        grey = np.rint(np.asarray(image) * (255 / 65535)).astype(np.uint8)
+        expected = Image.fromarray(grey).convert("RGB")
+    elif mode in ("LA", "P", "RGBA"):
+        white = Image.new("RGBA", image.size, WHITE)
+        expected = Image.alpha_composite(white, opened.convert("RGBA")).convert("RGB")
+    else:
+        expected = opened.convert("RGB")
+    sizes: list[int] = []
+    for owner, name in ((Image.Image, "convert"), (Image, "alpha_composite")):
+        original = getattr(owner, name)
+
+        def watched(image: Image.Image, *rest: Any, original: Any = original) -> Any:
+            sizes.append(image.width * image.height)
+            return original(image, *rest)
+
+        monkeypatch.setattr(owner, name, watched)
+    found = decoder.from_pil(opened, LIMITS) if mode == "CMYK" else decoder.decode(data, LIMITS)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    assert max(sizes) <= 1 << 20
+    assert sum(sizes) >= image.width * image.height
+
+
+def test_a_jpeg_with_more_pictures_behind_it_is_the_first() -> None:
+    """Pillow has another name and class for those; the bound on scans holds for them too."""
+    red, white = (Image.new("RGB", (64, 64), colour) for colour in (RED, WHITE))
+    data = encode(red, "MPO", save_all=True, append_images=[white], progressive=True)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    found = pixel(data, (5, 5))
+    assert found[0] > 250
+    assert max(found[1:]) < 5
+    first = data.index(b"\xff\xd9")
+    scan = data[data.rfind(b"\xff\xda", 0, first) : first]
+    with pytest.raises(ImageError, match="damaged"):
+        decoder.decode(data[:first] + scan * 500 + data[first:], LIMITS)
 
 
 def test_transparency_is_white_and_hides_what_is_under_it() -> None:
@@ -163,7 +283,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
 def test_broken_files(data: bytes, code: str) -> None:
     began = time.perf_counter()
     with pytest.raises(ImageError) as caught:
-        media.decode(data, LIMITS, "messages[0].content[1].image_url")
+        decoder.decode(data, LIMITS, "messages[0].content[1].image_url")
     assert time.perf_counter() - began < 1.0
     assert caught.value.code == code
     assert caught.value.status == 400
@@ -174,7 +294,7 @@ def test_broken_files(data: bytes, code: str) -> None:
 
 def test_bomb_is_refused_by_the_header_alone() -> None:
     with pytest.raises(ImageError, match="million pixels"):
-        media.probe(png_of_size(7000, 7000), LIMITS)
+        decoder.probe(png_of_size(7000, 7000), LIMITS)
 
 
 def jpeg_segments(body: bytes, count: int) -> bytes:
@@ -210,9 +330,9 @@ PIECES: list[tuple[str, Callable[[int], bytes]]] = [
 @pytest.mark.parametrize("make", [p[1] for p in PIECES], ids=[p[0] for p in PIECES])
 def test_a_million_pieces_of_metadata_take_no_time(make: Callable[[int], bytes]) -> None:
     """Unbounded, the parsers take seconds to hours for these."""
-    assert media.decode(make(3), LIMITS).size == (8, 8)
+    assert decoder.decode(make(3), LIMITS).size == (8, 8)
     data = make(1_000_000)
-    for look in (media.probe, media.decode):
+    for look in (decoder.probe, decoder.decode):
         began = time.perf_counter()
         with pytest.raises(ImageError, match="damaged"):
             look(data, LIMITS)
@@ -222,27 +342,27 @@ def test_a_million_pieces_of_metadata_take_no_time(make: Callable[[int], bytes])
 def test_ordinary_metadata_is_no_problem() -> None:
     """A hundred segments of 64 KB, as phones write depth maps; pixels in thousands of PNG chunks."""
     large = jpeg_segments(b"\xff\xe1\xff\xff" + b"http://ns.adobe.com/xmp/extension/\x00".ljust(65533, b"x"), 100)
-    assert media.decode(large, LIMITS).size == (8, 8)
+    assert decoder.decode(large, LIMITS).size == (8, 8)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1000, 2000, 3), dtype=np.uint8))
-    assert media.decode(encode(noise, "PNG", compress_level=0), LIMITS).size == (2000, 1000)
+    assert decoder.decode(encode(noise, "PNG", compress_level=0), LIMITS).size == (2000, 1000)
 
 
 def test_scans_of_a_progressive_jpeg_are_bounded() -> None:
     data = encode(Image.new("RGB", (64, 64), RED), "JPEG", progressive=True)
     last = data[data.rfind(b"\xff\xda") : -2]
-    assert media.decode(data[:-2] + last * 50 + data[-2:], LIMITS).size == (64, 64)
+    assert decoder.decode(data[:-2] + last * 50 + data[-2:], LIMITS).size == (64, 64)
     with pytest.raises(ImageError, match="damaged"):
-        media.decode(data[:-2] + last * 500 + data[-2:], LIMITS)
+        decoder.decode(data[:-2] + last * 500 + data[-2:], LIMITS)
     # What follows the picture (a film, in phones' motion photos) does not count.
-    assert media.decode(data + last * 500, LIMITS).size == (64, 64)
+    assert decoder.decode(data + last * 500, LIMITS).size == (64, 64)
 
 
 def test_pil_images_of_every_mode() -> None:
     for mode in "1 L LA La P PA RGB RGBA RGBX RGBa CMYK YCbCr HSV LAB I F I;16".split():
-        found = media.from_pil(Image.new(mode, (6, 4)), LIMITS)
+        found = decoder.from_pil(Image.new(mode, (6, 4)), LIMITS)
         assert (found.mode, found.size) == ("RGB", (6, 4))
     with pytest.raises(ImageError, match="million pixels"):
-        media.from_pil(Image.new("1", (7000, 7000)), LIMITS)
+        decoder.from_pil(Image.new("1", (7000, 7000)), LIMITS)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -255,7 +375,7 @@ def test_random_damage_is_a_picture_or_our_error(seed: int) -> None:
         cut = bytes(data[: rng.integers(1, len(data))])
         for sample in (bytes(data), cut):
             try:
-                image = media.decode(sample, LIMITS)
+                image = decoder.decode(sample, LIMITS)
             except ImageError:
                 continue
             assert image.mode == "RGB"

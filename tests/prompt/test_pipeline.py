@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from sightline.errors import ContextLengthError, ImageError, RequestError
-from sightline.prompt import media
+from sightline.prompt import decoder
 from sightline.prompt.caller import Caller, set_caller
 from sightline.prompt.media import MediaLimits
 from sightline.prompt.pipeline import Prompt, PromptPipeline
@@ -278,8 +278,8 @@ def test_bytes_are_decoded_hashed_and_probed_in_threads(monkeypatch: pytest.Monk
 
     watch(mine.media, "_decode_data_url")
     watch(mine, "_digest")
-    watch(media, "probe")
-    watch(media, "from_pil")
+    watch(decoder, "probe")
+    watch(decoder, "from_pil")
     url = {"type": "image_url", "image_url": {"url": data_url(picture(1) + bytes(100_000))}}
     chat(mine, url, image(Image.new("RGB", (50, 50))))
     assert sorted(done) == ["_decode_data_url", "_digest", "_digest", "from_pil", "probe"]

@@ -1,7 +1,7 @@
-"""Pictures from outside: fetch, check, decode. The only module that opens a URL or an image.
+"""The bytes of pictures from outside. The only module that opens a URL.
 
-Bytes come from `data:` URLs, from http(s) through a client that dials only checked addresses, and from local files below one
-allowed folder. An image is judged by its first bytes and its header before a pixel of it is decoded.
+They come from `data:` URLs, from http(s) through a client that dials only checked addresses, and from local files below one
+allowed folder. What they show is `decoder`'s affair.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import io
 import re
 import socket
-import struct
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +22,6 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import httpcore2
 import httpx2
-import numpy as np
-from PIL import Image, ImageOps
 
 from sightline.errors import ImageError
 from sightline.prompt.addresses import embedded, is_dotted_quad
@@ -34,29 +29,6 @@ from sightline.prompt.addresses import is_public as is_public
 from sightline.prompt.caller import caller, phase
 from sightline.prompt.counters import MediaCounters, PictureStats
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_MAGIC = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"BM", "BMP"),
-)
-_EXIF_ORIENTATION = 0x0112
-# Pillow's own bomb check is replaced by ours, which every picture passes before its pixels are touched.
-_DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, ZeroDivisionError,
-    MemoryError, struct.error, Image.DecompressionBombError,
-)  # fmt: skip
-# Reads that Pillow may make of one file. Its parsers read metadata piece by piece: a file of a million empty pieces would
-# keep it busy for minutes. An ordinary picture takes some tens for the header, and one for each 8 KB of a PNG's pixels.
-_HEADER_READS, _PIXEL_READS = 4096, 100_000
-# Pillow holds most modes in 4 bytes a pixel. Beside the decoded picture there is its RGB copy, or for transparency the copy, a
-# background and the composite too.
-_PLAIN_COST, _COSTLY = 8, 20
-# Each scan of a progressive JPEG goes over the whole picture; encoders write about ten.
-_MAX_SCANS = 100
-_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # Data URLs above this many characters are decoded off the event loop.
 _LONG_URL = 1 << 16
 _FETCH_ERRORS = (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, httpx2.InvalidURL,
@@ -313,158 +285,6 @@ def _base64_pieces(text: str) -> Iterator[bytes]:
         if at + step < len(text) and len(piece) != step // 4 * 3:
             raise ValueError("padding before the end")
         yield piece
-
-
-# -- images ------------------------------------------------------------------------------------------------------------
-
-
-def probe(data: bytes, limits: MediaLimits, param: str | None = None) -> tuple[int, int]:
-    """(width, height) of the upright picture, from the header alone. Raises `ImageError`."""
-    with _open(data, limits, param) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
-
-
-def decode_cost(data: bytes, limits: MediaLimits, param: str | None = None) -> int:
-    """Bytes of memory that `decode` takes for each pixel at its peak, by the header; measured, and held to by a test."""
-    with _open(data, limits, param) as image:
-        is_plain = image.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
-        return _PLAIN_COST if is_plain and _orientation(image) == 1 else _COSTLY
-
-
-def decode(data: bytes, limits: MediaLimits, param: str | None = None) -> Image.Image:
-    """An upright RGB picture: orientation applied, transparency on white, 16 bits scaled to 8, first frame only."""
-    with _open(data, limits, param) as image:
-        if image.format == "JPEG" and _count_scans(data) > _MAX_SCANS:
-            raise _unreadable(param)
-        return _upright_rgb(image, param)
-
-
-def from_pil(image: Image.Image, limits: MediaLimits, param: str | None = None) -> Image.Image:
-    """`decode` for a picture that a caller in this process holds as a PIL image, of any mode."""
-    if image.width < 1 or image.height < 1:
-        raise ImageError("The image has no pixels.", code="image_parse_error", param=param)
-    if image.width * image.height > limits.max_pixels:
-        raise _too_many_pixels(limits, param)
-    return _upright_rgb(image, param)
-
-
-def _upright_rgb(image: Image.Image, param: str | None) -> Image.Image:
-    try:
-        image.load()
-        upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-        return _to_rgb(upright)
-    except _DECODE_ERRORS as error:
-        raise _unreadable(param) from error
-
-
-class _Reader(io.BytesIO):
-    """A file that ends reading with an error after so many reads."""
-
-    reads_left = _HEADER_READS
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise OSError("too many pieces")
-        return super().read(size)
-
-
-def _count_scans(data: bytes) -> int:
-    """Scans of a JPEG's first picture; more than a file may have when it has too many other segments."""
-    scans = 0
-    position = 2
-    for _ in range(_HEADER_READS):
-        match = _JPEG_MARKER.search(data, position)
-        if match is None or match.group() == b"\xff\xd9":
-            return scans
-        scans += match.group() == b"\xff\xda"
-        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
-    return _MAX_SCANS + 1
-
-
-def _open(data: bytes, limits: MediaLimits, param: str | None) -> Image.Image:
-    kind = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        kind = "WEBP"
-    if not data:
-        raise ImageError("The image is empty.", code="empty_image_file", param=param)
-    if kind is None:
-        raise ImageError(
-            "The data is not an image of a supported format; send JPEG, PNG, WebP, GIF or BMP.",
-            code="invalid_image_format",
-            param=param,
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            reader = _Reader(data)
-            image = Image.open(reader, formats=[kind])
-            reader.reads_left = _PIXEL_READS
-    except Image.DecompressionBombError as error:
-        raise _too_many_pixels(limits, param) from error
-    except _DECODE_ERRORS as error:
-        raise _unreadable(param) from error
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise _unreadable(param)
-    if width * height > limits.max_pixels:
-        raise _too_many_pixels(limits, param)
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except _DECODE_ERRORS:
-        # Broken metadata does not spoil a picture.
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image if "transparency" not in image.info else _on_white(image.convert("RGBA"))
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _scale_down(image)
-    if image.mode in ("La", "RGBa"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        return _on_white(image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Composite RGBA on white, so that colours hidden by transparency stay hidden."""
-    background = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(background, image).convert("RGB")
-
-
-def _scale_down(image: Image.Image) -> Image.Image:
-    """16-bit (or wider) grey to 8 bits: 65535 becomes 255. A float picture is taken as 0..1 if it stays in there."""
-    values = np.asarray(image)
-    top = float(values.max(initial=0))
-    scale = 255.0 if image.mode == "F" and top <= 1.0 else 255.0 / 65535.0
-    if image.mode in ("I", "F") and 1.0 < top <= 255.0:
-        scale = 1.0
-    grey = np.empty(values.shape, dtype=np.uint8)
-    # By strips: a whole picture of float64 would take more memory than all else.
-    for at in range(0, len(values), 64):
-        strip = values[at : at + 64].astype(np.float64) * scale
-        grey[at : at + 64] = np.rint(np.clip(strip, 0, 255))
-    return Image.fromarray(grey, "L").convert("RGB")
-
-
-def _too_many_pixels(limits: MediaLimits, param: str | None) -> ImageError:
-    return ImageError(
-        f"The image has more than {limits.max_pixels / 1e6:g} million pixels; send a smaller one.",
-        code="image_too_large",
-        param=param,
-    )
-
-
-def _unreadable(param: str | None) -> ImageError:
-    return ImageError("The image is truncated or damaged and cannot be decoded.", code="image_parse_error", param=param)
 
 
 def _bad_url(message: str, status: int = 400) -> ImageError:

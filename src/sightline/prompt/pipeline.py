@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from sightline.errors import ContextLengthError, ImageError, ModelNotFoundError, RequestError
-from sightline.prompt import media
+from sightline.prompt import decoder
 from sightline.prompt.caller import caller, phase
 from sightline.prompt.chat_template import ChatTemplate, Rendered, Shield, load_source
 from sightline.prompt.decode_budget import DecodeBudget
+from sightline.prompt.decoder import Header
 from sightline.prompt.media import MediaLimits, MediaLoader
 from sightline.prompt.processor import (
     HasPlaceholder,
@@ -40,20 +41,22 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_KNOWN_SIZES = 100_000
+_KNOWN_HEADERS = 100_000
 # What one pixel of a PIL image takes that a caller hands over: a converted copy and its like.
-_COPY_BYTES_PER_PIXEL = 16
+_COPY_COST = 16
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 _DETAILS = ("auto", "low", "high", "original")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One distinct picture of a prompt. data: its encoded bytes, or an upright RGB image (offline only)."""
+    """One distinct picture of a prompt. data: its encoded bytes, or an upright RGB image (offline only). memory: bytes that
+    decoding it takes."""
 
     digest: bytes
     data: bytes | Image.Image
     plan: ImagePlan
+    memory: int
     param: str | None = None
 
 
@@ -129,7 +132,7 @@ class PromptPipeline:
         self.media = MediaLoader(limits)
         self._allow_local = allow_local
         self._secret = secret or secrets.token_bytes(32)
-        self._sizes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        self._headers: OrderedDict[bytes, Header] = OrderedDict()
         self._budget = DecodeBudget(limits.decode_bytes)
 
     def _compile(self, source: str) -> ChatTemplate:
@@ -367,24 +370,28 @@ class PromptPipeline:
         # Off the event loop: megabytes to hash, and metadata to read.
         if isinstance(data, Image.Image):
             framed = repr((data.mode, data.size)).encode()
-            data = await asyncio.to_thread(media.from_pil, data, self.limits, source.param)
+            data = await asyncio.to_thread(decoder.from_pil, data, self.limits, source.param)
             identity = await asyncio.to_thread(self._digest, source, salt, b"pixels", framed, data)
         else:
             identity = await asyncio.to_thread(self._digest, source, salt, b"file", data)
-        size = self._sizes.get(identity)
-        if size is None:
-            size = data.size if isinstance(data, Image.Image) else await self._probe(data, source.param)
-            self._sizes[identity] = size
-            if len(self._sizes) > _KNOWN_SIZES:
-                self._sizes.popitem(last=False)
+        header = self._headers.get(identity)
+        if header is None:
+            if isinstance(data, Image.Image):
+                header = Header(data.width, data.height, _COPY_COST)
+            else:
+                header = await self._probe(data, source.param)
+            self._headers[identity] = header
+            if len(self._headers) > _KNOWN_HEADERS:
+                self._headers.popitem(last=False)
         else:
-            self._sizes.move_to_end(identity)
+            self._headers.move_to_end(identity)
+        width, height, cost = header
         try:
-            plan = self.processor.plan(*size, source.limits)
+            plan = self.processor.plan(width, height, source.limits)
         except ImageError as error:
             error.param = error.param or source.param
             raise
-        return Picture(identity, data, plan, source.param)
+        return Picture(identity, data, plan, cost * width * height, source.param)
 
     def _digest(self, source: _Source, salt: bytes, *content: bytes | Image.Image) -> bytes:
         """Keyed hash of the tenant, the processor's settings and the picture, each framed by its length."""
@@ -396,9 +403,9 @@ class PromptPipeline:
             digest.update(raw)
         return digest.digest()
 
-    async def _probe(self, data: bytes, param: str) -> tuple[int, int]:
+    async def _probe(self, data: bytes, param: str) -> Header:
         self.media.counters.probes += 1
-        return await asyncio.to_thread(media.probe, data, self.limits, param)
+        return await asyncio.to_thread(decoder.probe, data, self.limits, param)
 
     async def _data(self, source: _Source) -> bytes | Image.Image:
         value = source.value
@@ -433,18 +440,14 @@ class PromptPipeline:
 
     async def use(self, picture: Picture, function: Callable[[Image.Image], T]) -> T:
         """`function` of the upright RGB picture, in a worker thread and under the budget. Raises `ImageError` likewise."""
-        width, height = self._sizes.get(picture.digest, (picture.plan.width, picture.plan.height))
-        cost = _COPY_BYTES_PER_PIXEL
-        if isinstance(picture.data, bytes):
-            cost = media.decode_cost(picture.data, self.limits, picture.param)
-        return await self._budget.run(cost * width * height, lambda: function(self._image(picture)))
+        return await self._budget.run(picture.memory, lambda: function(self._image(picture)))
 
     def _image(self, picture: Picture) -> Image.Image:
         if not isinstance(picture.data, bytes):
             return picture.data
         self.media.counters.decodes += 1
         with self.media.stats.timed(self.media.stats.decode_seconds):
-            return media.decode(picture.data, self.limits, picture.param)
+            return decoder.decode(picture.data, self.limits, picture.param)
 
 
 def _modalities(part: Mapping[str, Any], param: str) -> dict[str, bool]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sightline.config import ServerConfig
-from sightline.prompt.media import FORMATS, MediaLimits
+from sightline.prompt.decoder import FORMATS
+from sightline.prompt.media import MediaLimits
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 100

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import random
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import pytest
 import requests
+from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 from tests.scorecard import SEED, scaled
@@ -148,44 +153,116 @@ def test_sigterm_does_not_wait_for_ever(count: Count) -> None:
     count(2, f"ended after {took:.1f} s; limit 1 s and a moment")
 
 
-def _faults(folder: Path) -> dict[str, tuple[list[str], int]]:
-    """Name -> (flags, exit code)."""
-    faults: dict[str, tuple[list[str], int]] = {}
+class Fault(NamedTuple):
+    """A start that must end: with which flags and environment, and with which exit code."""
 
-    def copy(name: str, change: Callable[[Path], object], code: int = 3) -> None:
+    flags: list[str]
+    code: int
+    env: dict[str, str] = {}
+    port: int | None = None
+
+
+def rewritten(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Change a JSON file of a checkpoint."""
+
+    def apply(folder: Path) -> None:
+        value = json.loads((folder / file).read_text())
+        change(value)
+        (folder / file).write_text(json.dumps(value))
+
+    return apply
+
+
+def reweighed(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], None]:
+    """Change the tensors of a checkpoint."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return apply
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def sharded(folder: Path) -> None:
+    """An index that names a file which is not there."""
+    names = dict.fromkeys(load_file(folder / WEIGHTS), "model-00001-of-00002.safetensors")
+    (folder / WEIGHTS).unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+WEIGHTS = "model.safetensors"
+LAYER = "model.layers.0.mlp.up_proj.weight"
+# Each is done to a copy of a checkpoint, which is then refused.
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut weights": lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:1000]),
+    "weights of noise": lambda d: (d / WEIGHTS).write_bytes(random.Random(SEED).randbytes(5000)),
+    "no weights": lambda d: (d / WEIGHTS).unlink(),
+    "empty weights": lambda d: (d / WEIGHTS).write_bytes(b""),
+    "pickled weights": pickled,
+    "a missing shard": sharded,
+    "a missing tensor": reweighed(lambda tensors: tensors.pop(LAYER)),
+    "a tensor of another shape": reweighed(lambda tensors: tensors.update({LAYER: tensors[LAYER][:-1].copy()})),
+    "no tokenizer": lambda d: (d / "tokenizer.json").unlink(),
+    "broken tokenizer": lambda d: (d / "tokenizer.json").write_text("{"),
+    "tokenizer of nothing": lambda d: (d / "tokenizer.json").write_text("[]"),
+    "no config": lambda d: (d / "config.json").unlink(),
+    "broken config": lambda d: (d / "config.json").write_text("{"),
+    "config of nothing": lambda d: (d / "config.json").write_text("{}"),
+    "config that is a list": lambda d: (d / "config.json").write_text("[]"),
+    "config of noise": lambda d: (d / "config.json").write_bytes(random.Random(SEED).randbytes(500)),
+    "config without sizes": rewritten("config.json", lambda c: c["text_config"].pop("hidden_size")),
+    "unknown architecture": lambda d: (d / "config.json").write_text('{"architectures": ["Nobody"]}'),
+    "broken template": lambda d: (d / "chat_template.jinja").write_text("{% for"),
+    "broken settings of pictures": lambda d: (d / "preprocessor_config.json").write_text("{"),
+}
+
+
+def _faults(folder: Path, taken: int) -> dict[str, Fault]:
+    faults: dict[str, Fault] = {}
+    for name, damage in DAMAGE.items():
         target = folder / name.replace(" ", "-")
         shutil.copytree(tiny.qwen2_vl(), target)
-        change(target)
-        faults[name] = ([str(target)], code)
-
-    weights = "model.safetensors"
-    copy("cut weights", lambda d: (d / weights).write_bytes((d / weights).read_bytes()[:1000]))
-    copy("weights of noise", lambda d: (d / weights).write_bytes(random.Random(SEED).randbytes(5000)))
-    copy("no weights", lambda d: (d / weights).unlink())
-    copy("no tokenizer", lambda d: (d / "tokenizer.json").unlink())
-    copy("broken tokenizer", lambda d: (d / "tokenizer.json").write_text("{"))
-    copy("no config", lambda d: (d / "config.json").unlink())
-    copy("broken config", lambda d: (d / "config.json").write_text("{"))
-    copy("config of nothing", lambda d: (d / "config.json").write_text("{}"))
-    copy("unknown architecture", lambda d: (d / "config.json").write_text('{"architectures": ["Nobody"]}'))
-    faults["no folder"] = (["/no/such/folder"], 3)
-    faults["too long a context"] = ([str(tiny.qwen2_vl()), "--max-total-tokens", "64", "--context-length", "4096"], 4)
-    faults["wrong flag"] = ([str(tiny.qwen2_vl()), "--no-such-flag"], 2)
-    faults["key file that is not there"] = ([str(tiny.qwen2_vl()), "--api-key-file", "/no/such/file"], 2)
-    faults["template that is not there"] = ([str(tiny.qwen2_vl()), "--chat-template", "/no/such.jinja"], 3)
-    return faults
+        damage(target)
+        faults[name] = Fault([str(target)], 3)
+    good, empty = str(tiny.qwen2_vl()), folder / "empty"
+    empty.write_text("# none\n")
+    return {
+        **faults,
+        "no folder": Fault(["/no/such/folder"], 3),
+        "a file": Fault([f"{good}/config.json"], 3),
+        "no network": Fault(["owner/name"], 3, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}),
+        "too long a context": Fault([good, "--max-total-tokens", "64", "--context-length", "4096"], 4),
+        "more than the memory": Fault([good, "--max-total-tokens", str(10**12)], 4),
+        "a port that is taken": Fault([good], 5, port=taken),
+        "wrong flag": Fault([good, "--no-such-flag"], 2),
+        "wrong value": Fault([good, "--context-length", "-1"], 2),
+        "wrong value in the environment": Fault([good], 2, {"SIGHTLINE_CONTEXT_LENGTH": "many"}),
+        "settings that are not there": Fault([good, "--config", "/no/such.yaml"], 2),
+        "key file that is not there": Fault([good, "--api-key-file", "/no/such/file"], 2),
+        "key file without a key": Fault([good, "--api-key-file", str(empty)], 2),
+        "template that is not there": Fault([good, "--chat-template", "/no/such.jinja"], 3),
+    }
 
 
 @pytest.mark.check(8)
 def test_faults_at_start(tmp_path: Path, count: Count) -> None:
-    faults = dict(random.Random(SEED).sample(sorted(_faults(tmp_path).items()), min(14, scaled(14, 5))))
+    def start(fault: Fault) -> tuple[int, str]:
+        with ServerProcess(fault.flags, fault.env, port=fault.port) as server:
+            code = server.wait_exit(60)
+            assert not psutil.pid_exists(server.pid) or not psutil.Process(server.pid).children()
+            return code, server.log()
 
-    def start(fault: tuple[list[str], int]) -> tuple[int, str]:
-        with ServerProcess(fault[0]) as server:
-            return server.wait_exit(60), server.log()
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for (name, (_, code)), (found, log) in zip(faults.items(), pool.map(start, faults.values()), strict=True):
-            assert found == code, (name, found, log[-2000:])
-            assert "Traceback" not in log, (name, log[-2000:])
+    with socket.create_server(("127.0.0.1", 0)) as other, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        every = _faults(tmp_path, other.getsockname()[1])
+        faults = dict(random.Random(SEED).sample(sorted(every.items()), scaled(len(every), 5)))
+        wrong = {}
+        for (name, fault), (code, log) in zip(faults.items(), pool.map(start, faults.values()), strict=True):
+            if code != fault.code or "Traceback" in log:
+                wrong[name] = f"{code} instead of {fault.code}: {log[-1500:]}"
+    assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
     count(len(faults))

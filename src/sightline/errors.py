@@ -7,6 +7,7 @@
     |   +-- ImageError                400/403/413/415 with an image code of OpenAI's vocabulary
     +-- OverloadedError               429/503: try again later
     +-- EngineError                   the server's fault while serving one request
+    |   +-- GrammarCostError          its grammar passed a bound on memory or time; a 400 for its client
     |   +-- ReplicaDeadError          the engine that held it is gone; others serve, so send it again
     |   +-- EngineDeadError           the engine process is gone; nothing can be served any more
     |   +-- RankError                 the ranks of an engine are out of step: its process ends
@@ -82,6 +83,10 @@ class OverloadedError(SightlineError):
 
 class EngineError(SightlineError):
     """One request failed inside the engine; others go on."""
+
+
+class GrammarCostError(EngineError):
+    """A grammar of a client passed a bound while it was compiled or an answer was written."""
 
 
 class EngineDeadError(EngineError):

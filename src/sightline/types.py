@@ -224,8 +224,9 @@ class TokenEvent(msgspec.Struct, kw_only=True, tag=True, omit_defaults=True):
     num_cached_tokens: prompt tokens found in the prefix cache, set on a choice's first event and after.
     prompt_logprobs: of the prompt's tokens, if asked for, on the first event of choice 0.
     stop_token_id: the end-of-sequence or stop id that ended it (also the last of `token_ids`), if one did.
-    error: text for the server's log when finish_reason is `error`; never shown to a client. times: of a request that asked
-    for them, with its first choice's first event and its last.
+    error: text for the server's log when finish_reason is `error`; never shown to a client. grammar_cost: what failed is the
+    request's grammar, which passed a bound. times: of a request that asked for them, with its first choice's first event and its
+    last.
     """
 
     request_id: str
@@ -237,6 +238,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, tag=True, omit_defaults=True):
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] | None = None
     error: str | None = None
+    grammar_cost: bool = False
     times: Times | None = None
 
 

@@ -5,11 +5,13 @@ SIGHTLINE_SCHEMAS sets how many random schemas are tried.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,7 +25,7 @@ from PIL import Image
 from sightline import Engine, RequestOutput, SamplingParams
 from sightline.engine import grammar as module
 from sightline.engine.grammar import Matcher
-from sightline.errors import EngineError, RequestError
+from sightline.errors import EngineError, GrammarCostError, RequestError
 from sightline.types import Grammar
 from tests import tiny, tiny_mllama
 
@@ -232,6 +234,25 @@ def test_a_tokenizer_without_spellings_has_the_same_ids(tmp_path: Path, kind: st
         assert set(np.flatnonzero(bits).tolist()) == allowed
         matcher.accept(token_id)
     assert matcher.ended
+
+
+@pytest.mark.parametrize("regex", ["((a{100}){100}){100}", "a{1000000}"])
+def test_a_small_grammar_does_not_hold_up_a_step(regex: str) -> None:
+    """What is allowed next is found out between two steps of everybody; unbounded, these take seconds."""
+    compiler = module.GrammarCompiler(tiny.qwen2_vl(), [2], 400)
+    matcher = compiler.matcher(Grammar("regex", regex))
+    matcher.compiled.result()
+    matcher.start()
+    began = time.thread_time()
+    with contextlib.suppress(GrammarCostError):
+        matcher.fill()
+    assert time.thread_time() - began < 0.5
+
+
+def test_a_grammar_that_costs_too_much_is_its_clients_mistake(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="simpler") as caught:
+        answer(engine, "regex", ".*" * 300 + "x")
+    assert (caught.value.status, caught.value.code) == (400, "invalid_value")
 
 
 def test_a_tokenizer_that_knows_more_than_the_output_head() -> None:

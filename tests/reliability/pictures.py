@@ -50,7 +50,7 @@ def with_chunk(name: bytes, body: bytes) -> bytes:
 
 
 def bad(seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of pictures that must be a 4xx. About two hundred."""
+    """(name, bytes) of pictures that must be a 4xx. More than two hundred."""
     rng = random.Random(seed)
     jpeg, png, webp = encode(noise(), "JPEG"), encode(noise()), encode(noise(), "WEBP")
     gif, bmp = encode(noise().convert("P"), "GIF"), encode(noise(), "BMP")
@@ -85,9 +85,93 @@ def bad(seed: int = 0) -> Iterator[tuple[str, bytes]]:
     for name, data in (("JPEG", jpeg), ("PNG", png), ("WebP", webp), ("GIF", gif), ("BMP", bmp)):
         for part in (3, 8, 16, 24, 32, 60, len(data) // 4, len(data) // 2):
             yield f"{name} cut at {part}", data[:part]
+    yield from damaged()
     for number in range(110):
         at = rng.randrange(40, len(png) - 40)
         yield f"PNG with a flipped byte at {at} ({number})", png[:at] + bytes([png[at] ^ 0x55]) + png[at + 1 :]
+
+
+def damaged() -> Iterator[tuple[str, bytes]]:
+    """Files whose headers say what cannot be, format by format."""
+    jpeg, progressive = encode(noise(), "JPEG"), encode(noise(), "JPEG", progressive=True)
+    frame = jpeg.index(b"\xff\xc0")
+    for name, at, value in (
+        ("no height", 5, b"\0\0"),
+        ("no width", 7, b"\0\0"),
+        ("65535 lines", 5, b"\xff\xff"),
+        ("12 bits", 4, b"\x0c"),
+        ("no components", 9, b"\0"),
+        ("nine components", 9, b"\x09"),
+        ("factors of nothing", 11, b"\0"),
+    ):
+        yield f"JPEG with {name}", jpeg[: frame + at] + value + jpeg[frame + at + len(value) :]
+    for name, code in (("lossless", 0xC3), ("arithmetic lossless", 0xCB), ("hierarchical", 0xC5), ("reserved", 0xC8)):
+        yield f"JPEG, {name}", jpeg[: frame + 1] + bytes([code]) + jpeg[frame + 2 :]
+    for name, marker in (("quantization", b"\xff\xdb"), ("frame", b"\xff\xc0"), ("scan", b"\xff\xda")):
+        start = jpeg.index(marker)
+        yield (
+            f"JPEG without {name}",
+            jpeg[:start] + jpeg[start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big") :],
+        )
+    yield "JPEG without its end", jpeg[:-2]
+    scan = progressive[progressive.rfind(b"\xff\xda") : -2]
+    yield "10,000 scans", progressive[:-2] + scan * 10_000 + progressive[-2:]
+    pair = encode(noise(), "MPO", save_all=True, append_images=[noise(seed=1)], progressive=True)
+    end = pair.index(b"\xff\xd9")
+    yield (
+        "10,000 scans, and a second picture",
+        pair[:end] + pair[pair.rfind(b"\xff\xda", 0, end) : end] * 10_000 + pair[end:],
+    )
+    head = struct.Struct(">IIBBBBB")
+    for name, fields in (
+        ("of 3 bits", (64, 64, 3, 2, 0, 0, 0)),
+        ("of colour type 5", (64, 64, 8, 5, 0, 0, 0)),
+        ("of an unknown filter", (64, 64, 8, 2, 0, 9, 0)),
+        ("without a palette", (64, 64, 8, 3, 0, 0, 0)),
+    ):
+        pixels = chunk(b"IDAT", zlib.compress(bytes(64 * 193)))
+        yield f"PNG {name}", PNG + chunk(b"IHDR", head.pack(*fields)) + pixels + chunk(b"IEND", b"")
+    ihdr = chunk(b"IHDR", head.pack(64, 64, 8, 2, 0, 0, 0))
+    yield "PNG without pixels", PNG + ihdr + chunk(b"IEND", b"")
+    yield "PNG of noise", PNG + ihdr + chunk(b"IDAT", random.Random(0).randbytes(500)) + chunk(b"IEND", b"")
+    yield "PNG with a short header", PNG + chunk(b"IHDR", b"\0\0\0\x40\0\0\0\x40") + chunk(b"IEND", b"")
+    yield "PNG without a header", PNG + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    yield "PNG that begins with its end", PNG + chunk(b"IEND", b"") + ihdr
+    yield (
+        "PNG of a filter that is none",
+        PNG + ihdr + chunk(b"IDAT", zlib.compress((b"\x07" + bytes(192)) * 64)) + chunk(b"IEND", b""),
+    )
+    bmp = encode(noise(), "BMP")
+    for name, at, value in (
+        ("of 2,147,483,647 lines", 22, b"\xff\xff\xff\x7f"),
+        ("of -2,147,483,648 lines", 22, b"\0\0\0\x80"),
+        ("of no lines", 22, bytes(4)),
+        ("of 3 bits", 28, b"\x03\0"),
+        ("of no bits", 28, b"\0\0"),
+        ("of an unknown compression", 30, b"\x63\0\0\0"),
+        ("of a header of 3 bytes", 14, b"\x03\0\0\0"),
+        ("whose pixels lie behind it", 10, b"\xff\xff\xff\x7f"),
+        ("that holds a PNG", 30, b"\x05\0\0\0"),
+    ):
+        yield f"BMP {name}", bmp[:at] + value + bmp[at + len(value) :]
+    gif = encode(noise().convert("P"), "GIF")
+    start = 13 + 3 * 2 ** ((gif[10] & 7) + 1)
+    yield "GIF without a frame", gif[:start] + b";"
+    yield "GIF of no size", gif[:6] + bytes(4) + gif[10:start] + gif[start : start + 5] + bytes(4) + gif[start + 9 :]
+    yield "GIF of 65535 x 65535", gif[:6] + b"\xff\xff\xff\xff" + gif[10:]
+    yield "GIF with a frame of 65535 x 65535", gif[: start + 5] + b"\xff\xff\xff\xff" + gif[start + 9 :]
+    yield "GIF of codes of 13 bits", gif[: start + 10] + b"\x0d" + gif[start + 11 :]
+    yield "GIF of extensions alone", gif[:start] + b"!\xfe\x01a\0" * 1000 + b";"
+    extended = b"VP8X" + struct.pack("<I", 10)
+    for name, body in (
+        ("16384 x 16384", extended + b"\x02\0\0\0" + b"\xff\x3f\0" * 2),
+        ("16777216 x 256", extended + b"\x02\0\0\0" + b"\xff\xff\xff\xff\0\0"),
+        ("no frames", extended + b"\x02\0\0\0" + b"\x3f\0\0" * 2 + b"ANIM" + struct.pack("<I", 6) + bytes(6)),
+        ("an empty frame", b"VP8 " + bytes(4)),
+        ("no key frame", b"VP8 " + struct.pack("<I", 10) + b"\x11\0\0\x9d\x01\x2a\x40\0\x40\0"),
+        ("an empty lossless frame", b"VP8L" + struct.pack("<I", 5) + b"\x2f\x3f\xc0\x0f\0"),
+    ):
+        yield f"WebP of {name}", b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
 
 
 def odd_but_fine(seed: int = 0) -> Iterator[tuple[str, bytes]]:
@@ -108,6 +192,14 @@ def odd_but_fine(seed: int = 0) -> Iterator[tuple[str, bytes]]:
         frames = [noise(60, 60, i) for i in range(50)]
         yield f"{kind} of 50 frames", encode(frames[0], kind, save_all=True, append_images=frames[1:])
     yield "JPEG and ZIP", encode(image, "JPEG") + b"PK\x03\x04archive"
+    yield "GIF and script", encode(image.convert("P"), "GIF") + b"/*<script>alert(1)</script>"
+    tiny = [Image.new("L", (60, 60), i % 256) for i in range(2000)]
+    yield (
+        "GIF of 2000 frames without a pause",
+        encode(tiny[0], "GIF", save_all=True, append_images=tiny[1:], duration=0),
+    )
+    yield "JPEG with pictures behind it", encode(image, "MPO", save_all=True, append_images=[noise(seed=1)])
+    yield "a profile of 1 MB", encode(image, "JPEG", icc_profile=bytes(1_000_000))
     jpeg = encode(image, "JPEG")
     # After the JFIF header; each says that EXIF follows.
     yield "100 EXIF segments", jpeg[:20] + (b"\xff\xe1\xff\xffExif\x00\x00" + bytes(65527)) * 100 + jpeg[20:]

@@ -14,7 +14,7 @@ from sightline.engine.encode_queue import EncodeQueue
 from sightline.engine.grammar import GrammarCompiler, wait_for_any
 from sightline.engine.request import Request
 from sightline.engine.scheduler import Batch, ScheduledRow, Scheduler
-from sightline.errors import EngineError, RankError
+from sightline.errors import EngineError, GrammarCostError, RankError
 from sightline.types import (
     EngineRequest,
     EngineStats,
@@ -361,7 +361,8 @@ class EngineCore:
 
     def _fail(self, request: Request, error: Exception) -> TokenEvent:
         logger.error("request %s failed: %s: %s", request.request_id, type(error).__name__, error)
-        return self._finish(request, FinishReason.ERROR, error=f"{type(error).__name__}: {error}")
+        cost = isinstance(error, GrammarCostError)
+        return self._finish(request, FinishReason.ERROR, error=f"{type(error).__name__}: {error}", grammar_cost=cost)
 
     def _append(self, request: Request, sampled: Sampled) -> TokenEvent:
         request.output_ids.append(sampled.token_id)

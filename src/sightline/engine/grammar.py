@@ -4,6 +4,7 @@ says which tokens may come next."""
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import tempfile
 from collections import OrderedDict
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from sightline.errors import EngineError
+from sightline.errors import EngineError, GrammarCostError
 from sightline.prompt.grammar import limits, source_text
 from sightline.types import Grammar
 
 # Compiled grammars kept for the next request that asks for the same one.
 _MAX_KEPT = 64
+# How llguidance says that a bound of `limits` is passed; any other error is a mistake of ours.
+_TOO_COSTLY = re.compile("too many|too large|fuel", re.IGNORECASE)
 
 
 class Matcher:
@@ -65,7 +68,8 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EngineError(f"grammar: {self._matcher.get_error()}")
+            message = self._matcher.get_error()
+            raise (GrammarCostError if _TOO_COSTLY.search(message) else EngineError)(f"grammar: {message}")
 
 
 class GrammarCompiler:

@@ -8,6 +8,7 @@ import msgspec
 
 from sightline.errors import EngineError, OverloadedError
 from sightline.prompt.detokenizer import Detokenizer
+from sightline.prompt.grammar import grammar_error
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
@@ -118,7 +119,8 @@ class RequestDecoder:
     def push(self, event: TokenEvent) -> OutputDelta | None:
         """The event as text; None for a choice that has ended.
 
-        Raises `EngineError` for a failed or aborted one, and `OverloadedError` for one whose turn never came.
+        Raises `EngineError` for a failed or aborted one, `OverloadedError` for one whose turn never came, and `RequestError` for
+        one whose grammar cost too much.
         """
         if event.index not in self._live:
             return None
@@ -129,6 +131,8 @@ class RequestDecoder:
             )
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             self._live.discard(event.index)
+            if event.grammar_cost and self._sampling.grammar is not None:
+                raise grammar_error(self._sampling.grammar.source, "became too costly to follow; make it simpler")
             raise EngineError(event.error or "the request was aborted")
         final = event.finish_reason is not None
         # The end-of-sequence or stop id ends the answer; it is not part of its text.

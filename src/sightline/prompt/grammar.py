@@ -28,8 +28,16 @@ WHITESPACE = r" |\n {0,64}"
 
 
 def limits() -> LLParserLimits:
-    """What one grammar may cost while it is compiled and in each step; what exceeds it is an error of its request."""
-    return LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
+    """What one grammar may cost while it is compiled and in each step; what exceeds it is an error of its request.
+
+    Each step's cost is everybody's. With llguidance's own fuel ((a{100}){100}){100} takes seconds for one token.
+    """
+    return LLParserLimits(
+        max_grammar_size=100_000,
+        max_lexer_states=50_000,
+        initial_lexer_fuel=100_000,
+        verbose_errors=False,
+    )
 
 
 def source_text(grammar: Grammar) -> str:
@@ -50,7 +58,7 @@ def check_grammar(grammar: Grammar) -> Grammar:
     """Returns it. Raises `RequestError` for one that is too large, that is wrong, or that asks for what is not supported."""
     where = grammar.source
     if len(grammar.text.encode(errors="surrogatepass")) > MAX_BYTES:
-        raise _error(where, f"is larger than {MAX_BYTES // 1024} KiB; make it smaller")
+        raise grammar_error(where, f"is larger than {MAX_BYTES // 1024} KiB; make it smaller")
     if grammar.kind == "json_schema":
         _check_schema(grammar.text, where)
     if grammar.kind == "choice":
@@ -60,9 +68,9 @@ def check_grammar(grammar: Grammar) -> Grammar:
     except ValueError as error:
         is_error, messages = True, [str(error)]
     if is_error:
-        raise _error(where, _told(messages[0]))
+        raise grammar_error(where, _told(messages[0]))
     if grammar.kind == "ebnf" and any("no tokenizer" in message for message in messages):
-        raise _error(where, "names tokens of the vocabulary, such as <|end|> or <[5]>; write text")
+        raise grammar_error(where, "names tokens of the vocabulary, such as <|end|> or <[5]>; write text")
     return grammar
 
 
@@ -77,10 +85,13 @@ async def check_in_time(grammar: Grammar) -> None:
         checking = asyncio.get_running_loop().run_in_executor(_checker(), check_grammar, grammar)
         await asyncio.wait_for(checking, TIMEOUT)
     except TimeoutError as error:
-        raise _error(grammar.source, f"takes longer than {TIMEOUT:g} seconds to read; make it simpler") from error
+        raise grammar_error(
+            grammar.source, f"takes longer than {TIMEOUT:g} seconds to read; make it simpler"
+        ) from error
 
 
-def _error(where: str, rule: str) -> RequestError:
+def grammar_error(where: str, rule: str) -> RequestError:
+    """The field `where` breaks a rule."""
     return RequestError(f"{where} {rule}.", param=where, code="invalid_value")
 
 
@@ -96,21 +107,23 @@ def _check_schema(text: str, where: str) -> None:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _error(where, "is not valid JSON, or nested too deeply") from error
+        raise grammar_error(where, "is not valid JSON, or nested too deeply") from error
     if not isinstance(schema, dict):
-        raise _error(where, "must be a JSON schema: an object")
+        raise grammar_error(where, "must be a JSON schema: an object")
     references = _References(schema, where)
     level, depth, nodes = [schema], 0, 0
     while level:
         depth, nodes = depth + 1, nodes + len(level)
         if depth > MAX_DEPTH:
-            raise _error(where, f"is nested more than {MAX_DEPTH} levels deep; use $ref to $defs")
+            raise grammar_error(where, f"is nested more than {MAX_DEPTH} levels deep; use $ref to $defs")
         if nodes > MAX_NODES:
-            raise _error(where, f"has more than {MAX_NODES} values; make it smaller")
+            raise grammar_error(where, f"has more than {MAX_NODES} values; make it smaller")
         for each in level:
             ref = each.get("$ref") if isinstance(each, dict) else None
             if isinstance(ref, str) and not ref.startswith("#"):
-                raise _error(where, f"has the $ref {ref[:80]!r} to another document; only # references are followed")
+                raise grammar_error(
+                    where, f"has the $ref {ref[:80]!r} to another document; only # references are followed"
+                )
             if isinstance(each, dict):
                 references.check(each)
         level = [
@@ -134,18 +147,20 @@ class _References:
         seen, at = {id(node)}, self._target(node)
         while at is not None:
             if id(at) in seen:
-                raise _error(self._where, "has a $ref that leads back to itself")
+                raise grammar_error(self._where, "has a $ref that leads back to itself")
             seen.add(id(at))
             if len(seen) > MAX_DEPTH:
-                raise _error(self._where, f"has a $ref that leads through more than {MAX_DEPTH} others")
+                raise grammar_error(self._where, f"has a $ref that leads through more than {MAX_DEPTH} others")
             at = self._target(at)
         if isinstance(node.get("allOf"), list):
             try:
                 size = self._size(node)
             except RecursionError as error:
-                raise _error(self._where, "refers from one part to the next too often; make it simpler") from error
+                raise grammar_error(
+                    self._where, "refers from one part to the next too often; make it simpler"
+                ) from error
             if size > MAX_MERGED:
-                raise _error(self._where, f"merges more than {MAX_MERGED} values by allOf; make it simpler")
+                raise grammar_error(self._where, f"merges more than {MAX_MERGED} values by allOf; make it simpler")
 
     def _size(self, node: Any) -> int:
         """Values below a node, those that it refers to included each time."""
@@ -173,9 +188,9 @@ class _References:
 def _check_choices(text: str, where: str) -> None:
     choices = json.loads(text)
     if not choices or not all(isinstance(c, str) and c for c in choices):
-        raise _error(where, "must be a list of non-empty strings")
+        raise grammar_error(where, "must be a list of non-empty strings")
     if len(choices) > MAX_CHOICES:
-        raise _error(where, f"has more than {MAX_CHOICES} choices; make it shorter")
+        raise grammar_error(where, f"has more than {MAX_CHOICES} choices; make it shorter")
 
 
 # -- the request's fields ----------------------------------------------------------------------------------------------
@@ -202,10 +217,10 @@ def _read(name: str, value: Any) -> list[Grammar]:
             return _format(name, value)
         case "structured_outputs":
             if not isinstance(value, dict):
-                raise _error(name, "must be an object")
+                raise grammar_error(name, "must be an object")
             keys = [key for key, inner in value.items() if inner is not None and inner is not False]
             if unknown := [key for key in keys if key not in _KINDS]:
-                raise _error(f"{name}.{unknown[0][:40]}", f"is not supported; use one of {', '.join(_KINDS)}")
+                raise grammar_error(f"{name}.{unknown[0][:40]}", f"is not supported; use one of {', '.join(_KINDS)}")
             return [_grammar(_KINDS[key], value[key], f"{name}.{key}") for key in keys]
         case _:
             return [_grammar(_KINDS[name.removeprefix("guided_")], value, name)]
@@ -236,16 +251,18 @@ def _format(name: str, value: Any) -> list[Grammar]:
                 raise RequestError(f"{at}.schema is missing.", param=f"{at}.schema", code="missing_required_parameter")
             return [_grammar("json_schema", inner["schema"], f"{at}.schema")]
         case _:
-            raise _error(name, f"of type {str(kind)[:40]!r} is not supported; use text, json_object or json_schema")
+            raise grammar_error(
+                name, f"of type {str(kind)[:40]!r} is not supported; use text, json_object or json_schema"
+            )
 
 
 def _grammar(kind: Any, value: Any, where: str) -> Grammar:
     if kind == "json_object":
         return Grammar(kind, "", where)
     if kind == "choice" and not isinstance(value, list):
-        raise _error(where, "must be a list of non-empty strings")
+        raise grammar_error(where, "must be a list of non-empty strings")
     if kind in ("json_schema", "choice"):
         return Grammar(kind, value if isinstance(value, str) else json.dumps(value), where)
     if not isinstance(value, str) or not value:
-        raise _error(where, "must be a non-empty string")
+        raise grammar_error(where, "must be a non-empty string")
     return Grammar(kind, value, where)

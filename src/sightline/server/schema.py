@@ -326,7 +326,7 @@ def _field_names(cls: type[BaseModel]) -> frozenset[str]:
 def _request_error(error: ValidationError, fields: frozenset[str]) -> RequestError:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
-        return RequestError("The body is not valid JSON.", code="invalid_json")
+        return RequestError("The body is not valid JSON, or nested too deeply.", code="invalid_json")
     # Branches of a union appear in the location by their type's name; they are no part of the field's path.
     names = [p for p in first["loc"] if isinstance(p, int) or p in fields]
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in names).lstrip(".")

@@ -244,6 +244,54 @@ def test_copied_code_runs(page: Any) -> None:
         assert done.stdout == answer + "\n", done.stderr
 
 
+MARKDOWN = [
+    ("one\ntwo\n\nthree", "<p>one\ntwo</p><p>three</p>"),
+    ("a **b *c* d** `e*f*`", "<p>a <strong>b <em>c</em> d</strong> <code>e*f*</code></p>"),
+    ("2 * 3 * 4, snake_case, 5*6", "<p>2 * 3 * 4, snake_case, 5*6</p>"),
+    ("## Head\ntext", "<h3>Head</h3><p>text</p>"),
+    ("- a\n  - b\n- c", "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>"),
+    ("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>'),
+    ("> a\n> b\n---", "<blockquote>a\nb</blockquote><hr>"),
+    ("a|b\n-|:-:\n1|**2**", '<div class="table" tabindex="0"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
+     "<tbody><tr><td>1</td><td><strong>2</strong></td></tr></tbody></table></div>"),
+    ("```python\n# a **b**\n\nc", '<pre tabindex="0"><code># a **b**\n\nc</code></pre>'),
+    ("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>"),
+    ("[a](javascript:b) ![c](d)", "<p>[a](javascript:b) ![c](d)</p>"),
+    ("**unfinished `too", "<p>**unfinished `too</p>"),
+    ("", ""),
+]  # fmt: skip
+
+
+def test_markdown_becomes_elements_and_nothing_else_does(page: Any) -> None:
+    html = """async (texts) => {
+      const { render } = await import("./playground/markdown.js");
+      return texts.map((text) => {
+        const element = document.createElement("div");
+        element.append(...render(text));
+        return element.innerHTML;
+      });
+    }"""
+    assert page.evaluate(html, [written for written, _ in MARKDOWN]) == [shown for _, shown in MARKDOWN]
+
+
+def test_a_formatted_answer(page: Any) -> None:
+    """As a larger model would write it; what is copied is what was written."""
+    answer = "It says:\n\n- **one**\n- two\n\n```\n" + "long " * 60 + "\n```"
+
+    def stream(route: Any) -> None:
+        pieces = [answer[i : i + 7] for i in range(0, len(answer), 7)]
+        events = [{"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
+        lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+        route.fulfill(status=200, content_type="text/event-stream", body="".join(lines) + "data: [DONE]\n\n")
+
+    page.route("**/v1/chat/completions", stream)
+    ask(page, "What does it say?")
+    assert [e.inner_text() for e in page.locator(".assistant .text li").all()] == ["one", "two"]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    audit(page, "a formatted answer")
+    assert snippet(page, "answer") == answer
+
+
 def test_loading_key_stop_and_code_with_a_key(visit: Visit, locked: ServerProcess) -> None:
     page = visit(locked.base_url)
     page.wait_for_selector("#loading:visible")

@@ -3,6 +3,7 @@
 import { call, events, getKey, ServerError, setKey, startup } from "./api.js";
 import * as composer from "./composer.js";
 import { $, announce, button, complain, make } from "./dom.js";
+import { render } from "./markdown.js";
 import { WRITERS } from "./snippets.js";
 
 const SAMPLES = [
@@ -168,7 +169,7 @@ async function send(parts) {
     $("welcome").hidden = turns.length > 0;
   } else {
     turns.push({ role: "assistant", text: outcome.text });
-    facts.replaceChildren(...figures(outcome), copies(body));
+    facts.replaceChildren(...figures(outcome), copies(body, outcome.text));
     announce(outcome.text || "Stopped");
     toEnd();
   }
@@ -180,6 +181,13 @@ async function send(parts) {
 /** Streams the answer into `element`: {text, usage, first, total (ms), finish, stopped, error}. */
 async function receive(body, element, signal) {
   const outcome = { text: "", usage: null, numTokens: 0 };
+  let isDrawn = true;
+  const draw = () => {
+    const atEnd = innerHeight + scrollY > document.body.scrollHeight - 80;
+    element.replaceChildren(...render(outcome.text));
+    isDrawn = true;
+    if (atEnd) toEnd();
+  };
   const began = performance.now();
   try {
     for await (const event of events(await call("v1/chat/completions", body, signal))) {
@@ -188,9 +196,9 @@ async function receive(body, element, signal) {
       if (choice?.delta.content) {
         outcome.first ??= performance.now() - began;
         outcome.text += choice.delta.content;
-        const atEnd = innerHeight + scrollY > document.body.scrollHeight - 80;
-        element.textContent = outcome.text;
-        if (atEnd) toEnd();
+        // Once for what comes within a frame: the whole text is read again each time.
+        if (isDrawn) requestAnimationFrame(draw);
+        isDrawn = false;
       }
       outcome.finish = choice?.finish_reason ?? outcome.finish;
     }
@@ -199,6 +207,7 @@ async function receive(body, element, signal) {
     else outcome.error = error instanceof ServerError ? error : new ServerError("The connection was lost.", 0);
   }
   outcome.total = performance.now() - began;
+  draw();
   return outcome;
 }
 
@@ -221,10 +230,11 @@ function figures({ usage, first, total, finish, stopped, error }) {
   return said.map((text) => make("span", { textContent: text }));
 }
 
-function copies(body) {
-  const group = make("span", { className: "copies", role: "group", "aria-label": "Copy the request as code" }, "Copy as ");
+function copies(body, text) {
+  const group = make("span", { className: "copies", role: "group", "aria-label": "Copy" }, "Copy ",
+    button("answer", (event) => copy(text, event.target), "Copy the answer as it was written", "link"), " or the request as ");
   for (const [name, write] of Object.entries(WRITERS)) {
-    group.append(button(name, (event) => copy(write(base(), body, Boolean(getKey())), event.target), `Copy as ${name}`, "link"));
+    group.append(button(name, (event) => copy(write(base(), body, Boolean(getKey())), event.target), `Copy the request as ${name}`, "link"));
   }
   return group;
 }

@@ -203,7 +203,6 @@ class Workers:
         """End them."""
         self._closing = True
         for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.close()
+            process.kill()
             process.wait()
         self._context.destroy(linger=0)

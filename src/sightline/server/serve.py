@@ -116,7 +116,7 @@ class _Server:
                 return error.exit_code
             raise error
         assert lifecycle.plan is not None
-        _print_plan(lifecycle.plan, lifecycle.pipeline.processor)
+        _print_plan(lifecycle.plan, lifecycle.pipeline.processor, self._config.tp_size)
         logger.info("ready after %.1f s: %s serves %s", lifecycle.ready_after, url, lifecycle.model_name)
         self._manager.ready(f"serves {lifecycle.model_name}")
         pinging = asyncio.ensure_future(self._manager.watchdog())
@@ -204,13 +204,14 @@ class _ProgressView:
             self._live = None
 
 
-def _print_plan(plan: MemoryPlan, processor: Processor | None) -> None:
+def _print_plan(plan: MemoryPlan, processor: Processor | None, num_ranks: int) -> None:
     def size(num_bytes: int) -> str:
         return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
     logger.info(
-        "memory on %s: weights %s, pictures %s, K/V %s = %d pages of %d tokens (%d bytes a token)",
+        "memory on %s%s: weights %s, pictures %s, K/V %s = %d pages of %d tokens (%d bytes a token)",
         plan.device,
+        f", like each of {num_ranks} ranks" if num_ranks > 1 else "",
         size(plan.weights),
         size(plan.vision_cache),
         size(plan.kv_cache),

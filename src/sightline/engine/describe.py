@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from sightline.config import EngineConfig
 from sightline.engine.encoder import has_cross_attention
-from sightline.engine.factory import choose_device, choose_dtype
+from sightline.engine.factory import check_group, choose_device, choose_dtype
 from sightline.engine.memory import device_memory, max_running_requests, plan_memory
 from sightline.errors import CheckpointError, OutOfMemoryError
 from sightline.models.loader import architecture, model_class_and_config, read_config, weight_files
+from sightline.parallel import Group
 from sightline.prompt.chat_template import load_source
 from sightline.prompt.pipeline import PromptPipeline
 from sightline.prompt.processor import ImagePlan
@@ -46,13 +47,17 @@ def describe(config: EngineConfig, folder: Path) -> tuple[list[Fact], OutOfMemor
     name = architecture(hf_config)
     family = FAMILIES[name]
     model_class, model_config, companion = model_class_and_config(folder, name)
+    check_group(config, folder)
     with torch.device("meta"):
-        model: Any = model_class(model_config)
+        whole: Any = model_class(model_config)
+        model: Any = model_class(model_config, Group(0, config.tp_size))
     pipeline = PromptPipeline(folder, allow_local=True)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    weights = numbers * dtype.itemsize + sum(buffer.nbytes for buffer in model.buffers())
+    numbers = sum(parameter.numel() for parameter in whole.parameters())
+    own = sum(parameter.numel() for parameter in model.parameters())
+    weights = own * dtype.itemsize + sum(buffer.nbytes for buffer in model.buffers())
+    on_each = f", on each of {config.tp_size} ranks" if config.tp_size > 1 else ""
     _, is_familys = load_source(folder, None, family.chat_template)
     facts = [
         Fact("family", f"{family.name} ({name})"),
@@ -61,7 +66,7 @@ def describe(config: EngineConfig, folder: Path) -> tuple[list[Fact], OutOfMemor
         Fact("weights", "random numbers" if config.load_format == "dummy" else _weights(folder)),
         *([Fact("vision tower", f"from {companion}, where the weights lack it")] if companion else []),
         Fact("device", f"{device.type}, {_size(device_memory(device))} of memory"),
-        Fact("in memory", f"{_size(weights)} of weights in {str(dtype).removeprefix('torch.')}"),
+        Fact("in memory", f"{_size(weights)} of weights in {str(dtype).removeprefix('torch.')}{on_each}"),
     ]
     on_gpu = device.type == "cuda"
     try:
@@ -83,7 +88,7 @@ def describe(config: EngineConfig, folder: Path) -> tuple[list[Fact], OutOfMemor
         Fact(
             "context", f"{plan.context_length} tokens, of {model_config.max_position_embeddings} that the model allows"
         ),
-        Fact("K/V", f"{per_token} bytes a token, {_size(per_token * plan.context_length)} for a full context"),
+        Fact("K/V", f"{per_token} bytes a token, {_size(per_token * plan.context_length)} for a full context{on_each}"),
     ]
     processor = pipeline.processor
     if processor is not None:

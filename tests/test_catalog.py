@@ -89,15 +89,15 @@ def test_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_what_each_of_several_ranks_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half of the decoder, and the whole tower of 0.7 billion parameters."""
-    released.write("qwen2-vl-7b", tmp_path)
+    released.write("qwen2-vl-2b", tmp_path)
     flags = [str(tmp_path), "--load-format", "dummy", "--device", "cpu", "--dtype", "bfloat16"]
     each = [run(capsys, *flags, "--tp-size", size)[1] for size in ("1", "2")]
-    assert [facts["parameters"] for facts in each] == ["8.29 billion"] * 2
+    assert [facts["parameters"] for facts in each] == ["2.21 billion"] * 2
     assert [facts["in memory"] for facts in each] == [
-        "15.4 GiB of weights in bfloat16",
-        "8.4 GiB of weights in bfloat16, on each of 2 ranks",
+        "4.1 GiB of weights in bfloat16",
+        "2.7 GiB of weights in bfloat16, on each of 2 ranks",
     ]
-    assert [facts["K/V"].partition(" bytes")[0] for facts in each] == ["57344", "28672"]
+    assert [facts["K/V"].partition(" bytes")[0] for facts in each] == ["28672", "14336"]
     code, _, err = run(capsys, *flags, "--tp-size", "3")
     assert (code, "valid sizes: 1, 2, 4" in err) == (2, True)
 

@@ -102,6 +102,18 @@ def test_without_repeats_all_methods_are_alike() -> None:
     assert max(rates) < 1.02 * min(rates)
 
 
+def test_answers_differ_in_length_when_asked_to() -> None:
+    def longest(vary: float) -> float:
+        traffic = Traffic(clients=1, num_requests=64, picture=0, question=16, answer=50, vary=vary)
+        forecast = simulate(profile(Costs(step=1.0)), traffic, 1)
+        assert forecast.request_latency_ms is not None
+        assert forecast.request_latency_ms.mean == pytest.approx(50e3, rel=0.05)
+        return forecast.request_latency_ms.max
+
+    assert longest(0.0) == pytest.approx(50e3)
+    assert 70e3 < longest(0.5) <= 75e3
+
+
 def test_a_thousand_replicas() -> None:
     traffic = Traffic(clients=1, num_requests=1, picture=64, question=8, answer=2)
     one, many = (simulate(profile(), traffic, n, "round_robin") for n in (1, 1000))

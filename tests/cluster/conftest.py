@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,19 +40,25 @@ def cluster() -> Iterator[str]:
 
 @pytest.fixture
 def deploy(cluster: str) -> Iterator[Deploy]:
-    """Start the application with these arguments; returns its URL."""
+    """Start an application with these arguments, below a prefix if it is one of several; returns its URL."""
     from ray import serve
 
     from sightline.serve.ray import build_app
 
-    def start(**args: Any) -> str:
-        serve.run(build_app({"num_threads": 1, "health_check_period_s": 1, **args}))
-        answer = requests.get(f"{cluster}/readyz", timeout=10)
+    names = set()
+
+    def start(prefix: str = "", **args: Any) -> str:
+        name = prefix.strip("/") or "default"
+        names.add(name)
+        application = build_app({"num_threads": 1, "health_check_period_s": 1, **args})
+        serve.run(application, name=name, route_prefix=prefix or "/")
+        answer = requests.get(f"{cluster}{prefix}/readyz", timeout=10)
         assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
-        return cluster
+        return f"{cluster}{prefix}"
 
     yield start
-    serve.delete("default")
+    for name in names:
+        serve.delete(name)
     deadline = time.monotonic() + 20
     while replicas() or engines():
         left = [process.cmdline() for process in replicas() + engines()]
@@ -64,14 +71,19 @@ def fixed(count: int) -> dict[str, Any]:
 
 
 def replicas() -> list[psutil.Process]:
-    """The processes of the engine deployment's replicas."""
+    """The processes of the engine deployments' replicas."""
     # Ray adds what it does just now.
-    return _processes(lambda line: line[0].startswith("ray::ServeReplica:default:engine"))
+    return _processes(lambda line: re.match(r"ray::ServeReplica:\w+:engine", line[0]) is not None)
 
 
 def engines() -> list[psutil.Process]:
     """Their children that hold the model."""
     return _processes(lambda line: "sightline.engine.process" in line)
+
+
+def workers() -> list[psutil.Process]:
+    """The other ranks of those that have several."""
+    return _processes(lambda line: "sightline.engine.worker" in line)
 
 
 def _processes(wanted: Callable[[list[str]], bool]) -> list[psutil.Process]:

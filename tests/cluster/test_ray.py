@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 import requests
 
-from tests.cluster.conftest import Deploy, engines, fixed, replicas
+from sightline.bench.serving import repeats
+from tests.cluster.conftest import Deploy, engines, fixed, replicas, workers
 from tests.server.conftest import ask, image_part
 
 pytestmark = pytest.mark.timeout(240)
@@ -55,6 +55,34 @@ def test_streams_errors_and_a_client_that_goes(deploy: Deploy) -> None:
     while state()["aborts"] == aborts or state()["num_running"]:
         assert time.monotonic() < deadline, "the request went on without its client"
         time.sleep(0.1)
+
+
+def test_applications_side_by_side_each_with_its_own_ranks_and_placement_group(deploy: Deploy) -> None:
+    from ray.util import placement_group_table
+
+    one = deploy("/one", autoscaling_config=fixed(1))
+    two = deploy("/two", autoscaling_config=fixed(1), device="cpu", tp_size=2, ray_actor_options={"num_cpus": 2})
+    assert (len(engines()), len(workers())) == (2, 1)
+    answers = [chat(url, ask("hello"), max_tokens=8, temperature=0).json() for url in (one, two)]
+    assert answers[0]["choices"][0]["message"] == answers[1]["choices"][0]["message"]
+    assert [requests.get(f"{url}/server_info", timeout=5).json()["config"]["tp_size"] for url in (one, two)] == [1, 2]
+    groups = [g for g in placement_group_table().values() if g["state"] == "CREATED"]
+    assert sorted(group["bundles"][0]["CPU"] for group in groups) == [1.0, 2.0]
+    assert {group["strategy"] for group in groups} == {"STRICT_PACK"}
+
+
+def test_a_replica_has_a_gpu_for_each_rank() -> None:
+    from sightline.errors import SettingError
+    from sightline.serve.ray import RayConfig, _resources
+
+    def resources(**args: Any) -> dict[str, Any]:
+        return _resources(RayConfig(**args))
+
+    assert resources(tp_size=4)["placement_group_bundles"] == [{"CPU": 1, "GPU": 4}]
+    given = resources(ray_actor_options={"num_cpus": 4, "num_gpus": 1, "accelerator_type": "H200"})
+    assert given["placement_group_bundles"] == [{"CPU": 4, "GPU": 1, "accelerator_type:H200": 0.001}]
+    with pytest.raises(SettingError, match="num_gpus is 1; tp_size 2 needs as many"):
+        resources(tp_size=2, ray_actor_options={"num_gpus": 1})
 
 
 def test_a_full_server_says_so(deploy: Deploy) -> None:
@@ -110,31 +138,65 @@ def test_scales_up_and_down_under_load_without_an_error(deploy: Deploy) -> None:
             "downscale_delay_s": 1.0,
             "look_back_period_s": 1.0,
             "metrics_interval_s": 0.5,
-        }
+        },
+        drain_timeout=150,
     )
-    stop = threading.Event()
+    busy = threading.Event()
 
-    def load(i: int) -> Counter[int]:
+    def load() -> Counter[int]:
         counts: Counter[int] = Counter()
-        # The first keeps asking while the rest stops, so that there is traffic when the second replica goes.
-        while not stop.is_set() and (i == 0 or not calm.is_set()):
+        while not busy.is_set():
             counts[chat(url, ask("hello"), max_tokens=60, ignore_eos=True).status_code] += 1
         return counts
 
-    calm = threading.Event()
-    with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(load, i) for i in range(8)]
+    with ThreadPoolExecutor(10) as pool:
+        running = [pool.submit(load) for _ in range(8)]
         try:
             _wait_for_replicas(2)
-            calm.set()
-            _wait_for_replicas(1)
-            time.sleep(1)
+            # A stream on each: two are what one replica should have, so one of them goes, and not before its stream has ended.
+            begun, streams = start_streams(url, pool, 2)
+            begun.wait(30)
         finally:
-            calm.set()
-            stop.set()
+            busy.set()
+        states = _wait_for_state(STOPPING=1, RUNNING=1)
+        assert not any(stream.done() for stream in streams), f"nobody was left to be waited for: {states}"
+        assert [stream.result() for stream in streams] == ["data: [DONE]"] * 2
         total = sum((r.result() for r in running), Counter())
     assert set(total) == {200}, total
     assert total[200] > 20
+    _wait_for_replicas(1)
+
+
+def start_streams(url: str, pool: ThreadPoolExecutor, count: int) -> tuple[threading.Barrier, list[Future[str]]]:
+    """Long answers; the barrier falls when all have begun, and each future is the last line of one."""
+    begun = threading.Barrier(count + 1)
+
+    def read(i: int) -> str:
+        body = {"messages": ask(f"{i} is yours"), "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        last = ""
+        with requests.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=120) as answer:
+            for line in answer.iter_lines(decode_unicode=True):
+                if line and not last:
+                    begun.wait(30)
+                last = line or last
+        return last
+
+    return begun, [pool.submit(read, i) for i in range(count)]
+
+
+def _wait_for_state(**wanted: int) -> dict[str, int]:
+    """Until Ray counts so many of the engine's replicas in these states; returns all counts."""
+    from ray import serve
+
+    deadline = time.monotonic() + 60
+    while True:
+        states = {
+            s.value: n for s, n in serve.status().applications["default"].deployments["engine"].replica_states.items()
+        }
+        if all(states.get(state) == count for state, count in wanted.items()):
+            return states
+        assert time.monotonic() < deadline, states
+        time.sleep(0.1)
 
 
 def _wait_for_replicas(count: int) -> None:
@@ -145,15 +207,10 @@ def _wait_for_replicas(count: int) -> None:
         time.sleep(0.2)
 
 
-def hit_rate(url: str, num_requests: int = 200, repeated: float = 0.3) -> float:
-    """Of the requests whose picture was asked about before, the part that found it cached."""
-    rng = random.Random(1)
-    fresh = iter(range(1000, 1000 + num_requests))
-    trace: list[int] = []
-    for _ in range(num_requests):
-        trace.append(rng.choice(trace) if trace and rng.random() < repeated else next(fresh))
-    seen: set[int] = set()
-    again = [(number in seen, seen.add(number))[0] for number in trace]
+def hit_rate(url: str, num_requests: int = 200) -> float:
+    """Of the requests whose picture was asked about before, 30 % of all, the part that found it cached."""
+    trace = repeats(num_requests, 0.3, 1)
+    again = [number != i for i, number in enumerate(trace)]
 
     def cached(number: int) -> bool:
         answer = chat(url, ask(image_part(number, width=96, height=96), "what is it?"), max_tokens=1)

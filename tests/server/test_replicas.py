@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 from collections import Counter
@@ -60,6 +61,27 @@ def test_round_robin_encodes_pictures_twice() -> None:
         assert server.terminate() == 0
 
 
+def test_shortest_queue_sends_nothing_to_an_engine_with_more_to_do() -> None:
+    """A known prompt too: what is cached does not count."""
+    with replicas("--load-balance-method", "shortest_queue") as server:
+        server.wait_ready()
+        end = start_streams(server, 1)
+        for _ in range(6):
+            assert chat(server, ask("the same"), max_tokens=1).status_code == 200
+        assert sorted(per_engine(server, "sightline_prompt_tokens_total"))[0] > 0
+        busy = [running for running in per_engine(server, "sightline_requests_running") if running]
+        steps = per_engine(server, "sightline_prefix_cached_tokens_total")
+        assert busy == [1.0], "the stream has ended too soon"
+        assert sorted(cached > 0 for cached in steps) == [False, True], "five of six were known where the stream is not"
+        end()
+
+
+def per_engine(server: ServerProcess, name: str) -> list[float]:
+    """A metric of each engine, by its label."""
+    text = requests.get(f"{server.base_url}/metrics", timeout=5).text
+    return [float(re.search(rf'^{name}{{engine="{i}"}} (\S+)$', text, re.M)[1]) for i in range(2)]  # type: ignore[index]
+
+
 def test_one_engine_dies_and_the_other_serves_on() -> None:
     with replicas() as server:
         # Each picture where it is known already.
@@ -93,7 +115,13 @@ def test_one_engine_dies_and_the_other_serves_on() -> None:
         assert whole == "data: [DONE]"
         ready = requests.get(f"{server.base_url}/readyz", timeout=5)
         assert (ready.status_code, ready.json()["engines"]) == (200, {"alive": 1, "total": 2})
+        # Each engine's counters stand under its label, the dead one's as they were.
+        computed = per_engine(server, "sightline_generation_tokens_total")
         assert chat(server, ask("still there?")).status_code == 200
+        after = per_engine(server, "sightline_generation_tokens_total")
+        assert sorted(b - a for a, b in zip(computed, after, strict=True)) == [0.0, 2.0]
+        alive = requests.get(f"{server.base_url}/metrics", timeout=5).text
+        assert "sightline_engines_alive 1.0\n" in alive
         survivor.kill()
         assert server.wait_exit(10) == 7
 

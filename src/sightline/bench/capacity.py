@@ -123,6 +123,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-requests", type=_count, default=d.num_requests, help="for each replica (%(default)s)")
     for name in ("system", "picture", "question", "answer"):
         p.add_argument(f"--{name}", type=int, default=getattr(d, name), metavar="TOKENS", help="default: %(default)s")
+    p.add_argument(
+        "--vary", type=_part, default=0.5, metavar="PART", help="by which answers are shorter or longer (%(default)s)"
+    )
     p.add_argument("--dp-size", type=_count, default=8, help="replicas behind one HTTP process (default: %(default)s)")
     p.add_argument("--seed", type=int, default=d.seed)
     p.add_argument("--plot", metavar="FILE.svg", help="draw what cache_aware gains")

@@ -77,7 +77,7 @@ class Traffic(msgspec.Struct, frozen=True, kw_only=True):
     """What comes, for each replica: `clients` that wait for their answers, or `rate` requests a second at random times.
 
     A prompt is a system prompt that all share, a picture, and a question of its own; `reuse` of them, 0 to 1, ask about a picture
-    that an earlier one brought. All sizes in tokens.
+    that an earlier one brought. All sizes in tokens; answers have between 1 - vary and 1 + vary times as many as `answer` says.
     """
 
     clients: int = 16
@@ -87,6 +87,7 @@ class Traffic(msgspec.Struct, frozen=True, kw_only=True):
     picture: int = 324
     question: int = 32
     answer: int = 64
+    vary: float = 0.0
     reuse: float = 0.3
     seed: int = 0
 
@@ -330,10 +331,11 @@ class _Cluster:
         t = self.traffic
         ids = np.concatenate([np.arange(t.system), np.zeros(t.picture), np.full(t.question, 1000 + i)])
         digest = self.pictures[i].to_bytes(32, "little")
+        length = 1 + t.vary * random.Random(f"{t.seed}-{i}").uniform(-1, 1)
         return EngineRequest(
             request_id=str(i),
             input_ids=ids_to_bytes(ids.astype(np.int32)),
-            sampling=SamplingParams(max_tokens=t.answer, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=max(1, round(t.answer * length)), ignore_eos=True),
             images=(ImageRef(digest, t.system, t.picture, (1, 1, t.picture)),) if t.picture else (),
         )
 

@@ -76,7 +76,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     engine = serve.deployment(
         Server,
         name=ENGINE,
-        ray_actor_options=config.ray_actor_options,
+        **_resources(config),
         autoscaling_config=config.autoscaling_config,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
@@ -95,6 +95,29 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=config.drain_timeout + 5,
     )
     return ingress.bind(engine.bind(settings), settings)
+
+
+def _resources(config: RayConfig) -> dict[str, Any]:
+    """What each replica holds, as options of the deployment: a placement group of its own on one node, where all its ranks run.
+
+    Raises `SettingError` for another number of GPUs than ranks.
+    """
+    options = {"num_cpus": 1, **config.ray_actor_options}
+    if (
+        config.tp_size > 1
+        and config.device != "cpu"
+        and options.setdefault("num_gpus", config.tp_size) != config.tp_size
+    ):
+        raise SettingError(
+            f"args: ray_actor_options: num_gpus is {options['num_gpus']}; tp_size {config.tp_size} needs as many."
+        )
+    amounts = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus"), "memory": options.get("memory")}
+    amounts |= options.get("resources", {})
+    if kind := options.get("accelerator_type"):
+        amounts[f"accelerator_type:{kind}"] = 0.001
+    bundle = {name: amount for name, amount in amounts.items() if amount}
+    group = {"placement_group_bundles": [bundle], "placement_group_strategy": "STRICT_PACK"} if bundle else {}
+    return {"ray_actor_options": options, **group}
 
 
 class Call(NamedTuple):
@@ -249,6 +272,8 @@ class PassOn:
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        # Of an application that has a prefix among others, the replicas know nothing of it.
+        scope = {**scope, "path": scope["path"].removeprefix(scope.get("root_path", ""))}
         if scope["path"] in ("/livez", "/v2/health/live"):
             await _send(send, 200, [(b"content-type", b"application/json")], b'{"status":"alive"}')
             return

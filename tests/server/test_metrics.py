@@ -50,7 +50,7 @@ def parsed(page: str) -> Samples:
     }
 
 
-def value(samples: Samples, name: str, **labels: str) -> float:
+def value(samples: Samples, name: str, /, **labels: str) -> float:
     return samples.get((name, tuple(sorted(labels.items()))), 0.0)
 
 
@@ -127,6 +127,10 @@ def test_gauges_of_an_idle_server(server: ServerProcess) -> None:
     uptime = value(samples, "sightline_uptime_seconds")
     assert 1 <= value(samples, "sightline_event_loop_lag_seconds_count") <= 4 * uptime
     assert value(samples, "sightline_state", state="ready") == 1
+    assert samples["sightline_limit", (("name", "requests"), ("unit", "requests"))] == 512
+    info = requests.get(f"{server.base_url}/server_info", headers=KEY, timeout=10).json()
+    bounds = {name: bound for name, bound in info["limits"].items() if type(bound) in (int, float)}
+    assert {dict(labels)["name"]: v for (n, labels), v in samples.items() if n == "sightline_limit"} == bounds
     assert value(samples, "sightline_engines_alive") == value(samples, "sightline_engines") == 1
     assert samples["sightline_build_info", (("model", "tiny"), ("version", sightline.__version__))] == 1
 

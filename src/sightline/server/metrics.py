@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 
 import sightline
 from sightline.errors import NotFoundError
+from sightline.server import limits
 from sightline.server.admission import Outcome
 from sightline.server.lifecycle import DRAINING, FAILED, LOADING, READY, Lifecycle
 from sightline.server.metrics_compat import aliases
@@ -50,6 +51,7 @@ DEFINITIONS = (
     Definition("uptime_seconds", "gauge", "Seconds since the start."),
     Definition("engines", "gauge", "Engines that were started."),
     Definition("engines_alive", "gauge", "Engines that live; a dead one is not started again."),
+    Definition("limit", "gauge", "A bound in force, as /server_info and the page on security name it.", ("name", "unit")),
     # calls
     Definition("calls_received_total", "counter", "Calls that may cost something, from their headers on."),
     Definition("calls_total", "counter", "Calls that ended, by how.", ("outcome",)),
@@ -177,7 +179,10 @@ def _http(lifecycle: Lifecycle) -> dict[str, Samples]:
     }
     media = lifecycle.media
     if media is not None:
+        bounds = limits.table(lifecycle.config, media.limits)
+        numbers = (int, float)
         values |= {
+            "limit": {(b.name, b.unit): b.value for b in bounds if isinstance(b.value, numbers) and b.unit},
             "pictures_total": {key: n for key, n in media.stats.loads.items()},  # noqa: C416 (dict() loses the wider type)
             "picture_fetched_bytes_total": {(): media.counters.fetched_bytes},
             "picture_fetch_seconds": {(): media.stats.fetch_seconds},

@@ -274,22 +274,38 @@ def test_markdown_becomes_elements_and_nothing_else_does(page: Any) -> None:
     assert page.evaluate(html, [written for written, _ in MARKDOWN]) == [shown for _, shown in MARKDOWN]
 
 
+def answered(page: Any, answer: str, end: str = "data: [DONE]\n\n") -> None:
+    """From now on this is what a model says."""
+    pieces = [answer[i : i + 7] for i in range(0, len(answer), 7)]
+    events = [{"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+
+
 def test_a_formatted_answer(page: Any) -> None:
     """As a larger model would write it; what is copied is what was written."""
     answer = "It says:\n\n- **one**\n- two\n\n```\n" + "long " * 60 + "\n```"
-
-    def stream(route: Any) -> None:
-        pieces = [answer[i : i + 7] for i in range(0, len(answer), 7)]
-        events = [{"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
-        lines = [f"data: {json.dumps(event)}\n\n" for event in events]
-        route.fulfill(status=200, content_type="text/event-stream", body="".join(lines) + "data: [DONE]\n\n")
-
-    page.route("**/v1/chat/completions", stream)
+    answered(page, answer)
     ask(page, "What does it say?")
     assert [e.inner_text() for e in page.locator(".assistant .text li").all()] == ["one", "two"]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     audit(page, "a formatted answer")
     assert snippet(page, "answer") == answer
+
+
+def test_an_answer_that_breaks_off_stays(page: Any) -> None:
+    """With what is known of it in sight above the error, however long it is."""
+    error = {"error": {"message": "The engine died in mid-stream."}}
+    # No frame is left to be drawn when the error comes, as when it comes late.
+    page.evaluate("window.requestAnimationFrame = (draw) => draw()")
+    answered(page, "word\n\n" * 60, f"data: {json.dumps(error)}\n\n")
+    assert ask(page, "go on").split() == ["word"] * 60
+    assert page.inner_text("#problem p") == "The engine died in mid-stream."
+    assert "broken off" in page.inner_text(".facts")
+    page.wait_for_function(
+        "document.querySelector('.copies').getBoundingClientRect().bottom <= document.querySelector('#problem').getBoundingClientRect().top"
+    )
+    assert page.locator(".user").count() == 1
 
 
 def test_loading_key_stop_and_code_with_a_key(visit: Visit, locked: ServerProcess) -> None:

@@ -117,7 +117,8 @@ class _Server:
             raise error
         assert lifecycle.plan is not None
         _print_plan(lifecycle.plan, lifecycle.pipeline.processor, self._config.tp_size)
-        logger.info("ready after %.1f s: %s serves %s", lifecycle.ready_after, url, lifecycle.model_name)
+        hint = "; a browser shows the playground there" if self._config.enable_playground else ""
+        logger.info("ready after %.1f s: %s serves %s%s", lifecycle.ready_after, url, lifecycle.model_name, hint)
         self._manager.ready(f"serves {lifecycle.model_name}")
         pinging = asyncio.ensure_future(self._manager.watchdog())
         watching = asyncio.ensure_future(lifecycle.watch())

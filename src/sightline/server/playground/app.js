@@ -171,9 +171,10 @@ async function send(parts) {
     turns.push({ role: "assistant", text: outcome.text });
     facts.replaceChildren(...figures(outcome), copies(body, outcome.text));
     announce(outcome.text || "Stopped");
-    toEnd();
   }
   if (outcome.error) complain(outcome.error.message);
+  // Last: what is said of an error takes room too.
+  toEnd();
   if (outcome.error?.status === 401) askKey();
   state();
 }

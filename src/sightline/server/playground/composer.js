@@ -47,13 +47,18 @@ export function setup(onsend, numPictures) {
     event.preventDefault();
     add(files);
   });
+  const hint = $("hint").textContent;
+  const dropping = (isOver) => {
+    document.body.classList.toggle("dropping", isOver);
+    $("hint").textContent = isOver ? "Drop to add to the message" : hint;
+  };
   let depth = 0;
   const isFiles = (event) => event.dataTransfer?.types.includes("Files");
   const over = (change) => (event) => {
     if (!isFiles(event)) return;
     event.preventDefault();
     depth = Math.max(0, depth + change);
-    document.body.classList.toggle("dropping", depth > 0);
+    dropping(depth > 0);
   };
   document.addEventListener("dragenter", over(1));
   document.addEventListener("dragleave", over(-1));
@@ -62,7 +67,7 @@ export function setup(onsend, numPictures) {
     if (!isFiles(event)) return;
     event.preventDefault();
     depth = 0;
-    document.body.classList.remove("dropping");
+    dropping(false);
     add([...event.dataTransfer.files]);
   });
   draw();

@@ -100,8 +100,8 @@ def driver(model_dir: Path, size: int, run_dir: Path, **settings: Any) -> Iterat
 
 
 def everything(engine: Driver, asked: dict[str, Prompt]) -> dict[str, Any]:
-    """What is answered one after the other into a running batch, again from the caches, in chunks, with retractions, and among
-    strangers that go away."""
+    """What is answered one after the other into a running batch, again from the caches, in chunks, with retractions, among strangers
+    that go away, and with steps that are launched before the tokens of the last one are known, as on a GPU."""
     said: dict[str, Any] = {}
 
     def run(
@@ -141,6 +141,9 @@ def everything(engine: Driver, asked: dict[str, Prompt]) -> dict[str, Any]:
 
     run("among strangers", b"e", go)
     assert engine.core.snapshot().retractions > 0
+    engine.core.overlap = True
+    run("overlapped", b"f")
+    engine.core.overlap = False
     return said
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sightline import Engine, SamplingParams
-from sightline.engine import rank_loop
+from sightline.engine import rank_loop, workers
 from sightline.engine import rank_messages as messages
 from sightline.engine.cuda_graph import HostStep
 from sightline.engine.executor import StepPlan
@@ -34,21 +34,21 @@ SCORING = msgspec.structs.replace(GREEDY, prompt_logprobs=4)
 
 
 class Family(NamedTuple):
-    """A checkpoint, and a vision cache (in GiB) that holds all pictures or none that nobody uses."""
+    """A checkpoint, and how many of the vision cache's bytes there are: for all pictures, or for two of three."""
 
     make: Callable[[], Path]
-    vision_cache_gb: float = 0.25
+    vision_cache: int = 1 << 28
 
 
 FAMILIES = {
     "Qwen2-VL": Family(tiny.qwen2_vl),
-    "Qwen2.5-VL, tied": Family(functools.partial(qwen2_5_vl, tied=True), 0.0),
+    "Qwen2.5-VL, tied": Family(functools.partial(qwen2_5_vl, tied=True), 9_000),
     "Llama 3.2 Vision": Family(functools.partial(tiny_mllama.mllama, shards=2)),
     "LLaVA 1.5, authors' layout": Family(
         functools.partial(tiny_llava.llava, "llava", layout="original", tower="beside", pad=True)
     ),
     "LLaVA-NeXT, Mistral": Family(functools.partial(tiny_llava.llava, "next", text="mistral")),
-    "OneVision": Family(functools.partial(tiny_llava.llava, "onevision", text="qwen2"), 0.0),
+    "OneVision": Family(functools.partial(tiny_llava.llava, "onevision", text="qwen2"), 40_000),
     # one key head for both ranks, a bias that must be added once, and a vocabulary that does not divide
     "Llama": Family(
         functools.partial(
@@ -71,9 +71,9 @@ def prompts(model_dir: Path) -> dict[str, Prompt]:
     pipeline = PromptPipeline(model_dir, allow_local=True, secret=b"1" * 32)
     talks = {"text": user("How many shapes are there?"), "more text": user("Describe the image in one sentence. " * 3)}
     if pipeline.processor is not None:
-        a, b = oracle.picture(100, 150, seed=0), oracle.picture(180, 60, seed=1)
+        a, b, c = (oracle.picture(w, h, seed=i) for i, (w, h) in enumerate([(100, 150), (180, 60), (90, 110)]))
         talks["one picture"] = user(a, "What is in this picture?")
-        talks["two pictures"] = user("First", b, "then", a, "which is red?")
+        talks["two pictures"] = user("First", b, "then", c, "which is red?")
 
     async def prepared(messages: list[dict[str, Any]]) -> Prompt:
         prompt = await pipeline.chat(messages)
@@ -148,15 +148,23 @@ def everything(engine: Driver, asked: dict[str, Prompt]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_say_what_one_says(family: str, tmp_path: Path) -> None:
-    model_dir, settings = FAMILIES[family].make(), {"vision_cache_gb": FAMILIES[family].vision_cache_gb}
+def test_two_ranks_say_what_one_says(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owners: list[int] = []
+
+    def dividing(sizes: list[int], count: int) -> list[int]:
+        owners.extend(shares := divide(sizes, count))
+        return shares
+
+    monkeypatch.setattr(workers, "divide", dividing)
+    model_dir, settings = FAMILIES[family].make(), {"vision_cache_gb": FAMILIES[family].vision_cache / 2**30}
     asked = prompts(model_dir)
     with driver(model_dir, 1, tmp_path, **settings) as engine:
         expected = everything(engine, asked)
         per_token = engine.core.runner.executor.model.kv_spec
     with driver(model_dir, 2, tmp_path, **settings) as engine:
         said = everything(engine, asked)
-        own = engine.core.runner.executor.model.kv_spec
+        own, cache = engine.core.runner.executor.model.kv_spec, engine.core.scheduler.vision_cache
+        assert bool(cache.evictions) == (FAMILIES[family].vision_cache < 1 << 28)
         assert own.num_kv_heads == max(1, per_token.num_kv_heads // 2)
     assert said.keys() == expected.keys()
     for name, (ids, num_cached, logprobs) in said.items():
@@ -170,6 +178,7 @@ def test_two_ranks_say_what_one_says(family: str, tmp_path: Path) -> None:
                 err_msg=name,
             )
     assert any(num_cached for _, num_cached, _ in said.values())
+    assert set(owners) == ({0, 1} if "one picture" in asked else set())
 
 
 def test_a_picture_that_cannot_be_encoded_ends_only_its_request(tmp_path: Path) -> None:

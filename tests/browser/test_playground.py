@@ -274,11 +274,11 @@ def test_markdown_becomes_elements_and_nothing_else_does(page: Any) -> None:
     assert page.evaluate(html, [written for written, _ in MARKDOWN]) == [shown for _, shown in MARKDOWN]
 
 
-def answered(page: Any, answer: str, end: str = "data: [DONE]\n\n") -> None:
+def answered(page: Any, answer: str) -> None:
     """From now on this is what a model says."""
     pieces = [answer[i : i + 7] for i in range(0, len(answer), 7)]
     events = [{"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
     page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
 
 
@@ -295,10 +295,22 @@ def test_a_formatted_answer(page: Any) -> None:
 
 def test_an_answer_that_breaks_off_stays(page: Any) -> None:
     """With what is known of it in sight above the error, however long it is."""
+    text = {"choices": [{"delta": {"content": "word\n\n" * 60}, "finish_reason": None}]}
     error = {"error": {"message": "The engine died in mid-stream."}}
-    # No frame is left to be drawn when the error comes, as when it comes late.
-    page.evaluate("window.requestAnimationFrame = (draw) => draw()")
-    answered(page, "word\n\n" * 60, f"data: {json.dumps(error)}\n\n")
+    late = """(parts) => {
+      const get = window.fetch;
+      const body = () => new ReadableStream({
+        async start(stream) {
+          for (const part of parts) {
+            stream.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(part)}\\n\\n`));
+            await new Promise((resolve) => setTimeout(resolve, 300));
+          }
+          stream.close();
+        },
+      });
+      window.fetch = async (path, options) => path.endsWith("/completions") ? new Response(body()) : get(path, options);
+    }"""
+    page.evaluate(late, [text, error])
     assert ask(page, "go on").split() == ["word"] * 60
     assert page.inner_text("#problem p") == "The engine died in mid-stream."
     assert "broken off" in page.inner_text(".facts")

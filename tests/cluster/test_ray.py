@@ -6,11 +6,13 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import requests
+import yaml
 
 from sightline.bench.serving import repeats
 from tests.cluster.conftest import Deploy, engines, fixed, replicas, workers
@@ -83,6 +85,24 @@ def test_a_replica_has_a_gpu_for_each_rank() -> None:
     assert given["placement_group_bundles"] == [{"CPU": 4, "GPU": 1, "accelerator_type:H200": 0.001}]
     with pytest.raises(SettingError, match="num_gpus is 1; tp_size 2 needs as many"):
         resources(tp_size=2, ray_actor_options={"num_gpus": 1})
+
+
+def test_the_examples_are_applications_that_can_be_built() -> None:
+    from sightline.serve.ray import RayConfig, _resources
+
+    files = Path(__file__).resolve().parents[2] / "deploy" / "ray"
+    plain = yaml.safe_load((files / "serve.yaml").read_text())
+    cluster = yaml.safe_load((files / "rayservice.yaml").read_text())
+    for config in (plain, yaml.safe_load(cluster["spec"]["serveConfigV2"])):
+        for application in config["applications"]:
+            assert application["import_path"] == "sightline.serve.ray:build_app"
+            unknown = set(application["args"]) - set(RayConfig.model_fields)
+            assert not unknown
+            assert _resources(RayConfig(**application["args"]))["placement_group_bundles"] == [{"CPU": 4, "GPU": 1}]
+    (workers,) = cluster["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] >= 1
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > RayConfig().drain_timeout + 5
 
 
 def test_a_full_server_says_so(deploy: Deploy) -> None:

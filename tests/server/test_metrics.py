@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -183,6 +185,14 @@ def test_aliases_have_the_peer_s_names_and_our_values(server: ServerProcess) -> 
     assert value(samples, "vllm:e2e_request_latency_seconds_count", model_name="tiny") == value(
         samples, "sightline_request_seconds_count"
     )
+
+
+def test_what_the_page_on_scaling_tells_gateways_to_read_is_there(server: ServerProcess) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
+    promised = set(re.findall(r"`((?:vllm|sglang):\w+)`", page))
+    assert len(promised) == 7
+    sglang = parsed(render(TwoEngines(ServerConfig(model="tiny", metrics_compat="sglang"))).decode())
+    assert promised <= {name for name, _ in (*scrape(server), *sglang)}
 
 
 def test_errors_are_counted_by_code_and_labels_never_come_from_clients(server: ServerProcess) -> None:

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from sightline import Engine, SamplingParams
+from sightline.config import EngineConfig
 from sightline.engine import rank_loop, workers
 from sightline.engine import rank_messages as messages
 from sightline.engine.cuda_graph import HostStep
 from sightline.engine.executor import StepPlan
+from sightline.engine.factory import check_group
 from sightline.engine.workers import divide
-from sightline.errors import DeviceError, SettingError
+from sightline.errors import DeviceError, RankError, SettingError
 from sightline.parallel import Group
 from sightline.prompt.pipeline import PromptPipeline
 from sightline.types import FinishReason, ImageRef, Pixels, TokenEvent
@@ -181,8 +183,9 @@ def test_two_ranks_say_what_one_says(family: str, tmp_path: Path, monkeypatch: p
     assert set(owners) == ({0, 1} if "one picture" in asked else set())
 
 
-def test_a_picture_that_cannot_be_encoded_ends_only_its_request(tmp_path: Path) -> None:
-    """Also where another rank finds that out: the larger picture is rank 0's, the broken one the other's."""
+def test_what_fails_on_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture ends only its request, also where another rank finds out (the larger one is rank 0's, the broken one the other's).
+    A step leaves the others in the middle of it, and ends the engine."""
     good, broken = make(3, (300, 200), 20), make(9, (90, 60), 12)
     with driver(tiny.qwen2_vl(), 2, tmp_path) as engine:
         core = engine.core
@@ -198,6 +201,13 @@ def test_a_picture_that_cannot_be_encoded_ends_only_its_request(tmp_path: Path) 
         assert "do not fit grid" in str(ends["broken"].error)
         # the ranks are still in step
         assert engine.ask(broken).reason is FinishReason.LENGTH
+
+        def fail(*args: object) -> None:
+            raise ValueError("no")
+
+        monkeypatch.setattr(core.runner.executor, "run", fail)
+        with pytest.raises(RankError, match="ValueError: no"):
+            engine.ask(good)
 
 
 def test_pictures_are_divided_by_their_size() -> None:
@@ -256,17 +266,13 @@ def test_the_offline_engine_has_ranks_too() -> None:
 
 @pytest.mark.parametrize("size", [3, 8])
 def test_a_size_that_does_not_divide_the_model(size: int) -> None:
-    with pytest.raises(SettingError, match=rf"--tp-size {size}: .* valid sizes: 1, 2, 4\.") as error:
-        Engine(tiny.qwen2_vl(), device="cpu", tp_size=size)
-    assert error.value.exit_code == 2
+    with pytest.raises(SettingError, match=rf"--tp-size {size}: .* valid sizes: 1, 2, 4\."):
+        check_group(EngineConfig(tp_size=size, device="cpu"), tiny.qwen2_vl())
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sightline.config import EngineConfig
-    from sightline.engine import factory
-
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    factory.check_group(EngineConfig(tp_size=2), tiny.qwen2_vl())
+    check_group(EngineConfig(tp_size=2), tiny.qwen2_vl())
     with pytest.raises(DeviceError, match=r"needs 4 GPUs, and 2 can be seen .* valid sizes with those: 1, 2\."):
-        factory.check_group(EngineConfig(tp_size=4), tiny.qwen2_vl())
+        check_group(EngineConfig(tp_size=4), tiny.qwen2_vl())

@@ -52,6 +52,19 @@ def ids(outputs: list[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
+def cold_and_cached(
+    engine: Engine, family: str, judge: Judge, talks: dict[str, Messages]
+) -> tuple[list[RequestOutput], list[RequestOutput], str]:
+    """What is said to all of the talks at once, the same from the caches, and the judge's verdict on the former."""
+    cold = ask(engine, family, talks)
+    verdict = judge.check(engine, talks, cold)
+    cached = ask(engine, family, talks)
+    judge.check(engine, talks, cached)
+    assert all(output.num_cached_tokens >= 16 for output in cached)
+    assert engine.stats.pages_in_use == 0
+    return cold, cached, verdict
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crowd_again_and_alone(family: str, dtype: torch.dtype, device: str, report: dict[str, str]) -> None:
@@ -59,12 +72,7 @@ def test_crowd_again_and_alone(family: str, dtype: torch.dtype, device: str, rep
     talks = conversations(FAMILIES[family].pictures)
     judge = Judge(family, device, dtype)
     with start(family, device, dtype) as engine:
-        cold = ask(engine, family, talks)
-        verdict = judge.check(engine, talks, cold)
-        cached = ask(engine, family, talks)
-        judge.check(engine, talks, cached)
-        assert all(output.num_cached_tokens >= 16 for output in cached)
-        assert engine.stats.pages_in_use == 0
+        cold, cached, verdict = cold_and_cached(engine, family, judge, talks)
         encoded = engine.stats.images_encoded
     with start(family, device, dtype, disable_radix_cache=True) as engine:
         alone = [output for name, messages in talks.items() for output in ask(engine, family, {name: messages})]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.families import FAMILIES, Judge, conversations
-from tests.gpu.test_families import DTYPES, ask, ids, start
+from tests.gpu.test_families import DTYPES, ask, cold_and_cached, ids, start
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("SIGHTLINE_TEST_DEVICE", "cuda") == "cuda" and torch.cuda.device_count() < 2,
@@ -24,12 +24,7 @@ def test_two_gpus(family: str, dtype: torch.dtype, device: str, report: dict[str
     talks = conversations(FAMILIES[family].pictures)
     judge = Judge(family, device, dtype)
     with start(family, device, dtype, tp_size=2) as engine:
-        cold = ask(engine, family, talks)
-        verdict = judge.check(engine, talks, cold)
-        cached = ask(engine, family, talks)
-        judge.check(engine, talks, cached)
-        assert all(output.num_cached_tokens >= 16 for output in cached)
-        assert engine.stats.pages_in_use == 0
+        cold, cached, verdict = cold_and_cached(engine, family, judge, talks)
         per_token = engine.plan.kv_bytes_per_token
     if dtype is torch.float32:
         with start(family, device, dtype) as engine:

@@ -103,17 +103,19 @@ def test_a_client_that_goes_is_counted_by_what_its_answer_was_at(server: ServerP
     url = f"{server.base_url}/v1/chat/completions"
     with requests.post(url, json=body, headers=KEY, stream=True, timeout=30) as answer:
         next(line for line in answer.iter_lines() if b'"content":"' in line)
-    labels = {"engine": "0", "state": "decode"}
+
+    def aborts(samples: Samples) -> dict[str, float]:
+        states = ("waiting", "prefill", "decode")
+        return {each: value(samples, "sightline_aborts_total", engine="0", state=each) for each in states}
+
+    expected = {**aborts(before), "decode": aborts(before)["decode"] + 1}
+    # The engine hears of it, and says so, a moment after the call has ended.
     deadline = time.monotonic() + 10
-    while (after := scrape(server)) and value(after, "sightline_calls_in_flight") and time.monotonic() < deadline:
+    while aborts(after := scrape(server)) == aborts(before) and time.monotonic() < deadline:
         time.sleep(0.05)
-    name = "sightline_aborts_total"
-    assert value(after, name, **labels) == value(before, name, **labels) + 1
-    assert value(after, "sightline_calls_total", outcome="aborted") == 1 + value(
-        before, "sightline_calls_total", outcome="aborted"
-    )
-    for state in ("waiting", "prefill"):
-        assert value(after, name, engine="0", state=state) == value(before, name, engine="0", state=state)
+    assert aborts(after) == expected
+    aborted = {"outcome": "aborted"}
+    assert value(after, "sightline_calls_total", **aborted) == value(before, "sightline_calls_total", **aborted) + 1
 
 
 def test_gauges_of_an_idle_server(server: ServerProcess) -> None:

@@ -94,6 +94,18 @@ def test_routing_decides_what_is_found(method: Method, least: float, most: float
     assert least < forecast.found < most
 
 
+def test_arrivals_do_not_bunch_where_the_fewest_requests_are() -> None:
+    """Below capacity, prompts are spread as well as by taking turns, which is best where all cost the same."""
+
+    def p90(method: Method) -> float:
+        traffic = Traffic(rate=12, picture=1369, num_requests=48, vary=0.5)
+        first = simulate(H200, traffic, 8, method).time_to_first_token_ms
+        assert first is not None
+        return first.p90
+
+    assert p90("cache_aware") < 1.1 * p90("round_robin")
+
+
 def test_without_repeats_all_methods_are_alike() -> None:
     rates = [
         simulate(profile(), Traffic(clients=4, num_requests=16, answer=8, reuse=0.0), 4, method).requests_per_second

@@ -70,6 +70,8 @@ def test_stream_left_early_is_aborted(engine: Engine) -> None:
     long = SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True)
     stream = engine.stream(messages("leave"), long)
     next(stream)
+    # What a router of several engines goes by.
+    assert (engine._engine.num_in_flight, engine._engine.num_begun) == (1, 1)
     stream.close()
     engine.chat(messages("after"), GREEDY)
     assert engine.stats.aborts >= 1

@@ -9,7 +9,7 @@ import pytest
 
 from sightline.config import EngineConfig
 from sightline.engine.replicas import device_env
-from sightline.engine.routing import BLOCK, SLACK, Footprint, Router, footprint
+from sightline.engine.routing import BLOCK, SLACK, Footprint, Router, footprint, load
 from sightline.errors import DeviceError
 from sightline.types import ImageRef
 
@@ -78,6 +78,16 @@ def test_load_decides_beyond_the_bound() -> None:
     # The busier all are, the more of a difference is borne.
     assert r.choose(prompt(1), {0: 100 + SLACK + 49, 1: 100}) == 0
     assert r.choose(prompt(1), {0: 100 + SLACK + 51, 1: 100}) == 1
+
+
+def test_prompts_that_are_still_to_be_computed_count_for_more() -> None:
+    assert load(5, 5) == 5
+    assert load(2, 0) > load(4, 4)
+    # Four known prompts at once stay together; a fifth need not be waited for.
+    r = router()
+    r.record(prompt(1), 0)
+    assert r.choose(prompt(1), {0: load(4, 0), 1: 0}) == 0
+    assert r.choose(prompt(1), {0: load(9, 0), 1: 0}) == 1
 
 
 def test_a_short_common_beginning_does_not_gather_everything() -> None:

@@ -24,7 +24,7 @@ from sightline.cache.page_pool import PagePool
 from sightline.cache.radix import RadixCache
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import EngineCore, Sampled
-from sightline.engine.routing import Footprint, Method, Router, footprint
+from sightline.engine.routing import Footprint, Method, Router, footprint, load
 from sightline.engine.scheduler import ScheduledRow, Scheduler, SchedulerConfig
 from sightline.models import Encoding
 from sightline.types import EngineRequest, ImageRef, NeedPixels, SamplingParams, TokenEvent, ids_to_bytes, summed
@@ -255,6 +255,7 @@ class _Replica:
         self.host = host
         self.known: set[bytes] = set()
         self.num_in_flight = 0
+        self.num_begun = 0
         self.busy = False
         self.busy_seconds = 0.0
 
@@ -322,7 +323,7 @@ class _Cluster:
         replica.host.do(self.costs.request, parsed)
 
     def _choose(self, mark: Footprint) -> _Replica:
-        chosen = self.router.choose(mark, {i: r.num_in_flight for i, r in enumerate(self.replicas)})
+        chosen = self.router.choose(mark, {i: load(r.num_in_flight, r.num_begun) for i, r in enumerate(self.replicas)})
         self.router.record(mark, chosen)
         self.replicas[chosen].num_in_flight += 1
         return self.replicas[chosen]
@@ -374,11 +375,14 @@ class _Cluster:
     def _answer(self, replica: _Replica, events: Sequence[TokenEvent]) -> None:
         for event in events:
             seen = self.seen[int(event.request_id)]
-            seen.first = seen.first or self.time.now
+            if not seen.first:
+                seen.first = self.time.now
+                replica.num_begun += 1
             seen.num_cached = event.num_cached_tokens
             if event.finish_reason is not None:
                 seen.ended = self.time.now
                 replica.num_in_flight -= 1
+                replica.num_begun -= 1
                 if self.traffic.rate is None and (following := next(self.waiting, None)) is not None:
                     self._arrive(following)
 

@@ -137,6 +137,11 @@ class AsyncEngine:
         return len(self._flights)
 
     @property
+    def num_begun(self) -> int:
+        """Of these, those that have had their first token."""
+        return sum(answer.begun for answer in self._flights.values())
+
+    @property
     def replica_stats(self) -> list[EngineStats]:
         """The counters of each engine: one."""
         return [self.stats]
@@ -272,6 +277,7 @@ class AsyncEngine:
                     flight = self._flights.get(message.request_id)
                     if flight is not None:
                         flight.times = message.times or flight.times
+                        flight.begun = True
                         flight.events.put_nowait(message)
                 case EngineStats():
                     self.stats = message
@@ -316,6 +322,7 @@ class Answer:
     ) -> None:
         self.prompt = prompt
         self.pipeline = pipeline
+        self.begun = False
         self.events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self.times: Times | None = None
         self._following: TokenEvent | Exception | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sightline.config import EngineConfig
 from sightline.engine.client import Answer, AsyncEngine
-from sightline.engine.routing import Footprint, Method, Router, footprint
+from sightline.engine.routing import Footprint, Method, Router, footprint, load
 from sightline.errors import DeviceError, EngineDeadError, EngineError, ReplicaDeadError, StartupError
 from sightline.prompt.caller import caller
 from sightline.prompt.pipeline import Prompt, PromptPipeline
@@ -162,7 +162,11 @@ class ReplicaSet:
         if not living:
             raise EngineDeadError("no engine is running")
         able = [i for i in living if not self._engines[i].stalled] or living
-        return self._router.choose(mark, {i: self._engines[i].num_in_flight + self._coming[i] for i in able})
+        return self._router.choose(mark, {i: self._load(i) for i in able})
+
+    def _load(self, replica: int) -> int:
+        engine = self._engines[replica]
+        return load(engine.num_in_flight + self._coming[replica], engine.num_begun)
 
     def flush_cache(self) -> None:
         """As `AsyncEngine.flush_cache`, on all that live."""

@@ -1,8 +1,8 @@
 """The costs of a running server for `sightline bench capacity`, and whether a prediction from them is true.
 
-A few small loads, the server's own counters, and a fit. The engine's time under a load is taken to be a sum of what it did, each times what that costs: steps, tokens sampled, prompt tokens
-computed, keys read, pictures encoded. The server counts all of it (`/server_info`), so a least-squares fit over loads of different
-kinds gives the costs. It should have nothing else to do meanwhile.
+A few small loads, the server's own counters, and a fit. The engine's time under a load is taken to be a sum of what it did, each
+times what that costs: steps, tokens sampled, prompt tokens computed, keys read, pictures encoded. The server counts all of it
+(`/server_info`), so a least-squares fit over loads of different kinds gives the costs. It should have nothing else to do meanwhile.
 """
 
 from __future__ import annotations

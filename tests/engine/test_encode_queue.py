@@ -66,13 +66,13 @@ def test_without_decoding_only_what_the_step_needs():
     assert runner.parts == 4
 
 
-def test_what_a_step_needs_goes_before_and_beyond_a_slice():
+def test_what_a_step_needs_goes_before_what_has_not_begun_and_beyond_a_slice():
     runner = Counting(slice=2.0)
-    waiting = queue(runner, A, B)
+    waiting = queue(runner, A, B, C)
     waiting.advance((), True)
-    assert names(waiting.advance({B.digest}, True)) == ["features of b"]
-    assert runner.begun == [[A], [B]]
-    assert runner.parts == 2 + 4
+    assert names(waiting.advance({C.digest}, True)) == ["features of a", "features of c"]
+    assert runner.begun == [[A], [C]]
+    assert runner.parts == 8
 
 
 def test_an_encoder_of_unknown_speed_works_at_once():

@@ -14,7 +14,7 @@ from sightline.types import ImageRef
 logger = logging.getLogger("sightline.engine")
 
 # Between two steps that decode: less than such a step takes while prompts come in.
-SLICE_SECONDS = 0.015
+SLICE_SECONDS = 0.010
 
 
 class Encoded(NamedTuple):
@@ -50,7 +50,7 @@ class _Job:
 
 
 class EncodeQueue:
-    """First in, first out, but for pictures that a step cannot do without.
+    """First in, first out, but for pictures that a step cannot do without. What has begun is ended first.
 
     wanted: whether any request still holds a digest; a job nobody wants is dropped before it begins.
     """
@@ -75,15 +75,16 @@ class EncodeQueue:
         done: list[Encoded] = []
         limit = self._runner.slice_flops()
         missing = set(needed)
-        spent = 0.0
+        spent = last = 0.0
         while self._jobs:
-            job = next((job for job in self._jobs if job.digests & missing), None)
-            if job is None:
-                if not beside_decoding or (limit is not None and spent >= limit):
-                    break
-                job = self._jobs[0]
-            flops, results = self._part(job)
-            spent += flops
+            sought = next((job for job in self._jobs if job.digests & missing), None)
+            # the next part is most often as large as the last
+            full = limit is not None and spent > 0 and spent + last > limit
+            if sought is None and (full or not beside_decoding):
+                break
+            begun = next((job for job in self._jobs if job.work is not None), None)
+            last, results = self._part(begun or sought or self._jobs[0])
+            spent += last
             done += results
             missing -= {result.image.digest for result in results}
         return done

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +21,77 @@ from sightline.types import ImageRef, Pixels
 _AT_ONCE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+# Features of a batch that graphs are worth; a larger one keeps the device busy for longer than its launches take.
+_MAX_GRAPH_FEATURES = 4096
+_MAX_SHAPES = 64
+
+
+class _Captured(NamedTuple):
+    """A graph of each part and its operations, the tensors that they read and those that hold the result."""
+
+    parts: list[tuple[torch.cuda.CUDAGraph, float]]
+    pixels: list[Tensor]
+    features: list[Tensor]
+
+
+class EncoderGraphs:
+    """CUDA graphs of the vision tower for lists of pictures whose shapes come again: a slow host launches its kernels more slowly
+    than small pictures are computed.
+
+    For a model with `static_encoder`. The memory of all graphs is one pool, so an encoding must end before the next begins.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._pool = torch.cuda.graph_pool_handle()
+        self._known: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
+
+    def encoding(self, pixels: Sequence[Tensor], grids: Sequence[Any]) -> Encoding[list[Tensor]]:
+        """The model's `encoding`; the result is valid until the next one."""
+        key = tuple((grid, *p.shape) for grid, p in zip(grids, pixels, strict=True))
+        known, captured = key in self._known, self._known.pop(key, None)
+        if captured is None and known:
+            captured = self._capture(pixels, grids)
+        self._known[key] = captured
+        if len(self._known) > _MAX_SHAPES:
+            self._known.popitem(last=False)
+        if captured is None:
+            return (yield from self._model.encoding(pixels, grids))
+        for static, new in zip(captured.pixels, pixels, strict=True):
+            static.copy_(new)
+        for graph, flops in captured.parts:
+            graph.replay()
+            yield flops
+        return captured.features
+
+    def _capture(self, pixels: Sequence[Tensor], grids: Sequence[Any]) -> _Captured:
+        static = [p.clone() for p in pixels]
+        encoding = self._model.encoding(static, grids)
+        parts: list[tuple[torch.cuda.CUDAGraph, float]] = []
+        features: list[Tensor] | None = None
+        while features is None:
+            graph, flops = torch.cuda.CUDAGraph(), 0.0
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                flops = next(encoding)
+            except StopIteration as end:
+                features = end.value
+            graph.capture_end()
+            parts.append((graph, flops))
+        return _Captured(parts, static, features)
+
+
 class Encoder:
     """Runs a model's vision tower, part by part. Pictures are divided among the ranks of a group, which all keep all of them.
+
+    graphs: see `EncoderGraphs`.
 
     flops_per_second: how fast the device does it, measured at start; None where nobody has.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, group: Group = SOLO) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, group: Group = SOLO, graphs: bool = False) -> None:
         self._model: Any = model
+        self._graphs = EncoderGraphs(model) if graphs and getattr(model, "static_encoder", False) else None
         self._device = device
         self._group = group
         self._cross_attention = has_cross_attention(model)
@@ -38,7 +102,9 @@ class Encoder:
         [features, hidden] for each picture, to be `kept` or exchanged."""
         with self._context():
             on_device = [self._upload(p) for p in pixels]
-            parts = self._model.encoding(on_device, [image.grid for image in images])
+            small = sum(image.num_tokens for image in images) <= _MAX_GRAPH_FEATURES
+            how = self._graphs if self._graphs is not None and small else self._model
+            parts = how.encoding(on_device, [image.grid for image in images])
         while True:
             with self._context():
                 try:
@@ -62,8 +128,9 @@ class Encoder:
         with self._context():
             if self._cross_attention:
                 return [self._model.kept(rows) for rows in encoded]
-            # a view would keep the whole batch alive for as long as one of its pictures is cached
-            return [rows.clone() if len(encoded) > 1 else rows.contiguous() for rows in encoded]
+            # a view would keep the whole batch alive for as long as one of its pictures is cached, and a graph's output is
+            # overwritten
+            return [rows.clone() if len(encoded) > 1 or self._graphs else rows.contiguous() for rows in encoded]
 
     def exchange(self, images: Sequence[ImageRef], owners: Sequence[int], encoded: Sequence[Tensor]) -> list[Tensor]:
         """What the vision cache keeps of all pictures. owners: whose each is; encoded: this rank's own, in order."""

@@ -121,7 +121,7 @@ def build_executor(
         group,
         cache=step_cache(model.kv_spec, _max_step(config, device), dtype, device),
         backend=_backend(config.attention_backend, device),
-        encoder=Encoder(model, device, group),
+        encoder=Encoder(model, device, group, graphs=device.type == "cuda" and not config.disable_cuda_graph),
         device=device,
         features=VisionCache(0).get,
     )

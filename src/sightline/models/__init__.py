@@ -18,6 +18,8 @@ A model class `M(nn.Module)` named in `registry.py` provides:
     encoding(pixels, grids) -> Encoding      pixels: list of uint8 [H, W, 3] on the device; grids: list of (t, h, w); the work
                                              in parts, which returns one [num_tokens, hidden] tensor for each picture. Every
                                              rank has the whole vision tower, and calls this for pictures of its own
+    static_encoder: bool                     whether `encoding` does nothing on the host but launch, the same for equal shapes
+                                             and grids, so that CUDA graphs can repeat it (False if absent)
     embed(input_ids, image_rows, features)   input_ids [T]; image_rows: int64 [N] rows of T that are placeholders (None
                                              without pictures); features: [N, hidden]; asserts the counts; -> [T, hidden]
     forward(hidden, positions, ctx, rows)    hidden [T, hidden]; positions int64 [3, T] for multimodal rotary, [T] else;

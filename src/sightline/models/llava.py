@@ -219,6 +219,7 @@ class LlavaForConditionalGeneration(EncodesImages, nn.Module):
     """See the contract in `sightline.models`."""
 
     config_class = LlavaConfig
+    static_encoder = True
     uses_mrope = False
 
     def __init__(self, config: LlavaConfig, group: Group = SOLO) -> None:

@@ -149,4 +149,6 @@ class Qwen2_5_VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     """See the contract in `sightline.models`."""
 
     config_class = Qwen2_5_VLConfig
+    # the order of windows is made on the host
+    static_encoder = False
     tower_class = WindowTower

@@ -352,6 +352,7 @@ class Qwen2VLForConditionalGeneration(EncodesImages, nn.Module):
 
     config_class = Qwen2VLConfig
     tower_class: type[nn.Module] = VisionTower
+    static_encoder = True
     uses_mrope = True
 
     def __init__(self, config: Qwen2VLConfig, group: Group = SOLO) -> None:

@@ -139,6 +139,10 @@ class ServerConfig(EngineConfig):
     admin_api_key: tuple[str, ...] = setting(
         (), "Key of operators; without one, the routes that control the server do not exist."
     )
+    allowed_origins: tuple[str, ...] = setting(
+        (),
+        "Web page whose scripts may call the API in a browser, such as `https://example.org`; `*` is any. None by default.",
+    )
     enable_playground: bool = setting(True, "The page at / to try the model in a browser.")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe lines of the log.")
     log_format: Literal["text", "json"] = setting("text", "`json` writes one object a line.")

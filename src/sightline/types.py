@@ -7,6 +7,7 @@ The HTTP process sends `EngineRequest`, `PutPixels` and `Abort`; the engine proc
 from __future__ import annotations
 
 import enum
+import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from functools import reduce
@@ -41,7 +42,7 @@ class Grammar(msgspec.Struct, frozen=True):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens. Ranges are checked by `validate`; the HTTP layer calls it before any work is spent.
 
-    max_tokens: None means up to the context's end. temperature 0 is greedy. top_k 0 means off (-1 is accepted for off).
+    max_tokens: None means up to the context's end. temperature 0 is greedy, and so is top_p 0. top_k 0 means off (-1 is accepted for off).
     logprobs: None is off, k >= 0 returns the chosen token's log-probability and the k most likely ones; they are taken
     from the model's own distribution, before penalties and temperature. n: answers for one prompt, one prefill for all.
     prompt_logprobs: None is off, k >= 0 returns the same for the prompt's tokens from `prompt_logprobs_start` on, but for the
@@ -83,8 +84,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
         require(self.max_tokens is None or 1 <= self.max_tokens < 2**31, "max_tokens", "at least 1 and below 2**31")
         require(0 <= self.min_tokens < 2**31, "min_tokens", "at least 0 and below 2**31")
-        require(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2")
-        require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        if self.max_tokens is not None:
+            require(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})")
+        require(0.0 <= self.temperature < math.inf, "temperature", "a finite number of at least 0")
+        require(0.0 <= self.top_p <= 1.0, "top_p", "between 0 and 1")
         require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off) or a positive count")
         require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import requests
 
+from tests import tiny
 from tests.server.conftest import ask, data_url, image_part, picture
+from tests.servers import ServerProcess
 
 HI = {"role": "user", "content": "hi"}
 
@@ -30,7 +32,6 @@ CASES: list[tuple[str, Any, int, str | None, str | None]] = [
     ("messages of another type", {"messages": "hi"}, 400, "messages", "invalid_type"),
     ("message of another type", {"messages": ["hi"]}, 400, "messages[0]", "invalid_type"),
     ("unknown model", {"messages": [HI], "model": "gpt-9"}, 404, "model", "model_not_found"),
-    ("empty content", {"messages": [{"role": "user", "content": ""}]}, 400, "messages[0].content", None),
     ("empty parts", {"messages": [{"role": "user", "content": []}]}, 400, "messages[0].content", None),
     ("no content", {"messages": [{"role": "user"}]}, 400, "messages[0].content", None),
     ("unknown role", {"messages": [{"role": "bob", "content": "x"}]}, 400, "messages[0].role", None),
@@ -43,13 +44,13 @@ CASES: list[tuple[str, Any, int, str | None, str | None]] = [
     ("temperature -1", {"messages": [HI], "temperature": -1}, 400, "temperature", "invalid_value"),
     ("temperature 3", {"messages": [HI], "temperature": 3}, 400, "temperature", "invalid_value"),
     ("temperature text", {"messages": [HI], "temperature": "1"}, 400, "temperature", "invalid_type"),
-    ("top_p 0", {"messages": [HI], "top_p": 0}, 400, "top_p", "invalid_value"),
+    ("top_p below 0", {"messages": [HI], "top_p": -0.1}, 400, "top_p", "invalid_value"),
     ("top_k -2", {"messages": [HI], "top_k": -2}, 400, "top_k", "invalid_value"),
     ("max_tokens 0", {"messages": [HI], "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
     ("max_tokens huge", {"messages": [HI], "max_tokens": 2**70}, 400, "max_tokens", None),
     ("max_completion_tokens 0", {"messages": [HI], "max_completion_tokens": 0}, 400, "max_completion_tokens", None),
     ("seed huge", {"messages": [HI], "seed": 2**64}, 400, "seed", None),
-    ("stop of numbers", {"messages": [HI], "stop": [1]}, 400, "stop", "invalid_type"),
+    ("stop of numbers", {"messages": [HI], "stop": [1]}, 400, "stop[0]", "invalid_type"),
     ("empty stop", {"messages": [HI], "stop": ""}, 400, "stop", "invalid_value"),
     ("presence_penalty 3", {"messages": [HI], "presence_penalty": 3}, 400, "presence_penalty", "invalid_value"),
     ("logit_bias by word", {"messages": [HI], "logit_bias": {"a": 1}}, 400, "logit_bias", None),
@@ -145,3 +146,29 @@ def test_server_info_tells_no_path_and_no_key(tiny_server: str) -> None:
     assert "/work" not in text
     assert "/tmp" not in text
     assert ".pytest_cache" not in text
+
+
+def test_a_page_that_may_call_from_a_browser() -> None:
+    """A browser asks first, without a key; its scripts may then read what clients need of the headers."""
+    arguments = [str(tiny.qwen2_vl()), "--load-format", "dummy", "--api-key", "k"]
+    with ServerProcess([*arguments, "--allowed-origins", "https://a.example"]) as process:
+        process.wait_ready()
+        url = f"{process.base_url}/v1/models"
+        asking = {
+            "Origin": "https://a.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+        }
+        answer = requests.options(url, headers=asking, timeout=10)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://a.example")
+        assert "authorization" in answer.headers["access-control-allow-headers"]
+        refused = requests.get(url, headers={"Origin": "https://a.example"}, timeout=10)
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.example")
+        assert "x-request-id" in refused.headers["access-control-expose-headers"]
+        other = requests.options(url, headers={**asking, "Origin": "https://b.example"}, timeout=10)
+        assert (other.status_code, "access-control-allow-origin" in other.headers) == (400, False)
+
+
+def test_no_page_may_unless_it_is_named(tiny_server: str) -> None:
+    answer = requests.get(f"{tiny_server}/v1/models", headers={"Origin": "https://a.example"}, timeout=10)
+    assert "access-control-allow-origin" not in answer.headers

@@ -60,7 +60,6 @@ def test_a_call_that_must_come_and_the_same_streamed(client: OpenAI, seed: int) 
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type.removeprefix("response.") for event in events]
     deltas = [event for event in events if event.type == "response.function_call_arguments.delta"]
-    assert len(deltas) > 1
     assert kinds == [
         "created",
         "in_progress",
@@ -97,6 +96,8 @@ def test_a_call_that_is_cut_off_is_incomplete(client: OpenAI) -> None:
     given |= {"max_output_tokens": 100, "temperature": 0}
     whole = client.responses.create(**given)
     events = list(client.responses.create(**given, stream=True))
+    # A server that falls behind sends several tokens as one, but not all of so many.
+    assert sum(event.type == "response.function_call_arguments.delta" for event in events) > 1
     for answer in (whole, events[-1].response):
         assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
         (call,) = answer.output
@@ -170,6 +171,15 @@ def test_an_answer_without_calls_is_a_message(client: OpenAI) -> None:
         ({"input": [QUESTION, {"type": "function_call", "name": "weather", "arguments": "{}"}]}, "input[1].call_id"),
         ({"input": [QUESTION, {"type": "function_call_output", "call_id": "c", "output": 3}]}, "input[1].output"),
         ({"input": [QUESTION, {"type": "web_search_call"}]}, "input[1].type"),
+        (
+            {
+                "input": [
+                    {"type": "function_call", "call_id": c, "name": "f", "arguments": a}
+                    for c, a in (("a", "{}"), ("b", "{"))
+                ]
+            },
+            "input[1].arguments",
+        ),
     ],
 )
 def test_what_is_wrong_is_a_400_that_names_it(client: OpenAI, fields: dict[str, Any], param: str) -> None:

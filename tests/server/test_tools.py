@@ -125,6 +125,17 @@ def test_the_client_s_own_fold_of_a_stream(client: OpenAI) -> None:
     check_calls(message.tool_calls)
 
 
+def test_long_arguments_come_in_pieces(client: OpenAI) -> None:
+    schema = {"type": "object", "properties": {"text": {"enum": ["so it goes " * 20]}}, "required": ["text"]}
+    tool = {"type": "function", "function": {"name": "say", "parameters": {**schema, "additionalProperties": False}}}
+    given = {**FORCED, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 400}
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**given, stream=True)]
+    pieces = [each.function.arguments for chunk in chunks for each in chunk.delta.tool_calls or ()]
+    assert json.loads("".join(pieces)) == {"text": "so it goes " * 20}
+    # A server that falls behind sends several tokens as one, but not all of so many.
+    assert len(pieces) > 3
+
+
 @pytest.mark.parametrize("name", ["weather", "time"])
 def test_a_named_tool_is_called(client: OpenAI, name: str) -> None:
     choice = {"type": "function", "function": {"name": name}}
@@ -207,7 +218,7 @@ def test_several_calls_streamed(client: OpenAI) -> None:
     for index in (0, 1):
         first, *rest = (d for d in deltas if d.index == index)
         assert (first.type, first.function.name, first.function.arguments) == ("function", "weather", "")
-        assert len(rest) > 2
+        assert rest
         assert all((d.id, d.type, d.function.name) == (None, None, None) for d in rest)
 
 

@@ -250,6 +250,8 @@ def _format(name: str, value: Any) -> list[Grammar]:
             if not isinstance(inner, dict) or inner.get("schema") is None:
                 raise RequestError(f"{at}.schema is missing.", param=f"{at}.schema", code="missing_required_parameter")
             return [_grammar("json_schema", inner["schema"], f"{at}.schema")]
+        case None:
+            raise RequestError(f"{name}.type is missing.", param=f"{name}.type", code="missing_required_parameter")
         case _:
             raise grammar_error(
                 name, f"of type {str(kind)[:40]!r} is not supported; use text, json_object or json_schema"

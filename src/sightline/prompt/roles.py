@@ -31,12 +31,17 @@ def _call(call: Any, param: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RequestError("A tool call needs a function with a name.", param=f"{param}.function")
-    arguments = function.get("arguments")
+    arguments = call_arguments(function.get("arguments"), f"{param}.function.arguments")
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def call_arguments(arguments: Any, param: str) -> dict[str, Any]:
+    """A call's arguments, or their text, as an object. Raises `RequestError` where they are none."""
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, Mapping):
-        raise RequestError("The arguments of a call must be a JSON object.", param=f"{param}.function.arguments")
-    return {**call, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+        raise RequestError("The arguments of a call must be a JSON object.", param=param)
+    return dict(arguments)

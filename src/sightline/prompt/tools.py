@@ -97,7 +97,7 @@ def read_tools(tools: Any, tool_choice: Any = None, parallel: bool | None = None
 
 def _check_tools(tools: Any) -> frozenset[str]:
     if not isinstance(tools, list) or not tools:
-        raise RequestError("tools must be a non-empty list.", param="tools")
+        raise RequestError("tools must be a non-empty list; leave it out where there are none.", param="tools")
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"tools may hold at most {MAX_TOOLS} tools.", param="tools")
     if len(json.dumps(tools)) > MAX_BYTES:

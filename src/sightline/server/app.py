@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -66,7 +67,18 @@ def create_app(lifecycle: Lifecycle) -> ASGIApp:
         app.add_exception_handler(kind, _on_known_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_unknown_error)
-    return Edge(app, lifecycle)
+    edge = Edge(app, lifecycle)
+    origins = lifecycle.config.allowed_origins
+    if not origins:
+        return edge
+    # In front of the keys: a browser asks without one whether it may ask.
+    return CORSMiddleware(
+        edge,
+        allow_origins=origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "openai-processing-ms", "retry-after", "x-should-retry"],
+    )
 
 
 async def _on_known_error(request: Request, error: Exception) -> JSONResponse:
@@ -87,11 +99,19 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     message = f"{request.method} is not allowed for {path}." if error.status_code == 405 else str(error.detail)
     known = RequestError(message, code="method_not_allowed", status=error.status_code)
     if error.status_code == 404:
-        known = NotFoundError(f"Unknown URL: {request.method} {path}.", code="unknown_url")
+        meant = _meant(request.app, path)
+        hint = f"; did you mean {meant}?" if meant else "."
+        known = NotFoundError(f"Unknown URL: {request.method} {path}{hint}", code="unknown_url")
     note(known)
     response = error_response(known)
     response.headers.update(error.headers or {})
     return response
+
+
+def _meant(app: FastAPI, path: str) -> str | None:
+    """The path of a route that a base URL without its /v1, or with it twice, misses."""
+    known = (each for each in app.openapi()["paths"] if each.startswith("/v1/"))
+    return next((each for each in known if each.endswith(path) or path.endswith(each)), None)
 
 
 class Edge:
@@ -108,8 +128,10 @@ class Edge:
             return
         started = time.monotonic()
         # "/v1//models" comes from base URLs that end in a slash.
-        path = re.sub("/{2,}", "/", scope["path"])
-        scope = {**scope, "path": path, "raw_path": path.encode()}
+        path = re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/"
+        # The connection leaves the body of an answer to HEAD out.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = {**scope, "method": method, "path": path, "raw_path": path.encode()}
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not _SANE_REQUEST_ID.match(request_id):
@@ -204,6 +226,12 @@ class Edge:
 
     def _limited(self, receive: Receive, headers: dict[bytes, bytes], call: Call) -> Receive:
         """`receive` with the limits on a body: its size, its time, and the bytes of all calls together."""
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise RequestError(
+                "Packed bodies are not read; send the request without content-encoding.",
+                param="content-encoding",
+                status=415,
+            )
         declared = headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._max_body:
             raise self._body_too_large()

@@ -17,7 +17,7 @@ from sightline.prompt.pipeline import Prompt
 from sightline.prompt.tokenizer import Tokenizer
 from sightline.server.exchange import Exchange, check_ids, check_model, wire_logprob
 from sightline.server.lifecycle import Lifecycle
-from sightline.server.schema import SamplingFields, StreamOptions, check_stream_options, ranged
+from sightline.server.schema import SamplingFields, StreamOptions, Whole, check_stream_options, ranged
 from sightline.types import FinishReason, TokenLogprob
 
 router = APIRouter()
@@ -31,12 +31,12 @@ class CompletionRequest(SamplingFields):
 
     refused: ClassVar = {k: v for k, v in SamplingFields.refused.items() if k not in ("echo", "best_of")}
 
-    max_tokens: int | None = ranged(minimum=0)
+    max_tokens: Whole | None = ranged(minimum=0)
     prompt: str | list[str] | list[int] | list[list[int]]
     model: str | None = None
-    best_of: int | None = None
+    best_of: Whole | None = None
     echo: bool | None = None
-    logprobs: int | None = ranged(minimum=0, maximum=_MAX_LOGPROBS)
+    logprobs: Whole | None = ranged(minimum=0, maximum=_MAX_LOGPROBS)
     suffix: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
@@ -21,7 +22,7 @@ from sightline.prompt.processor import PixelLimits
 from sightline.server.admission import is_operator, require_admin
 from sightline.server.exchange import Exchange, check_ids, renamed, wire_logprob
 from sightline.server.lifecycle import Lifecycle
-from sightline.server.schema import GRAMMAR_FIELDS, Body, SamplingFields, ranged
+from sightline.server.schema import GRAMMAR_FIELDS, Body, SamplingFields, Whole, ranged
 from sightline.types import FinishReason, TokenLogprob
 
 router = APIRouter()
@@ -35,9 +36,11 @@ class GenerateSampling(SamplingFields):
     harmless: ClassVar = SamplingFields.harmless | {"spaces_between_special_tokens", "custom_params"}
     refused: ClassVar = {**SamplingFields.refused, "stop_regex": (), "structural_tag": ()}
 
-    max_new_tokens: int | None = ranged(minimum=0)
-    min_new_tokens: int | None = ranged(minimum=0)
-    sampling_seed: int | None = None
+    max_temperature: ClassVar = math.inf
+
+    max_new_tokens: Whole | None = ranged(minimum=0)
+    min_new_tokens: Whole | None = ranged(minimum=0)
+    sampling_seed: Whole | None = None
 
     def given(self) -> dict[str, Any]:
         """SGLang's default is 128 tokens."""
@@ -50,8 +53,24 @@ class GenerateSampling(SamplingFields):
 
     def spelling(self, name: str) -> str:
         """As SGLang spells them."""
-        names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "logprobs": "top_logprobs_num"}
+        if name == "logprobs":
+            return "top_logprobs_num"
+        names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
         return f"sampling_params.{names.get(name, name)}"
+
+
+class _Logprobs(NamedTuple):
+    """num: how many likelier tokens are told. start: from which of the prompt's tokens on, -1 for none of them."""
+
+    num: int
+    start: int
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """As fields of `SamplingParams`; the first of the prompt's tokens has no value, as with SGLang."""
+        if self.start < 0:
+            return {"logprobs": self.num}
+        return {"logprobs": self.num, "prompt_logprobs": self.num, "prompt_logprobs_start": self.start + 1}
 
 
 class GenerateRequest(Body):
@@ -77,9 +96,9 @@ class GenerateRequest(Body):
     sampling_params: GenerateSampling | list[GenerateSampling] | None = None
     rid: str | list[str] | None = None
     stream: bool | None = None
-    return_logprob: bool | None = None
-    logprob_start_len: int | None = None
-    top_logprobs_num: int | None = ranged(minimum=0, maximum=20)
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: Whole | list[Whole] | None = None
+    top_logprobs_num: Whole | list[Whole] | None = None
 
     def check(self) -> None:
         """What the fields say together."""
@@ -88,7 +107,10 @@ class GenerateRequest(Body):
             raise RequestError("Send either text or input_ids.", param="text", code="missing_required_parameter")
         if not self.each_prompt:
             raise RequestError(f"{self.prompt_field} must hold at least one prompt.", param=self.prompt_field)
-        if self.logprob_start_len is not None and self.logprob_start_len < -1:
+        for name in ("return_logprob", "logprob_start_len", "top_logprobs_num"):
+            if isinstance(value := getattr(self, name), list) and len(value) != len(self.each_prompt):
+                raise RequestError(f"{name} must be one value or one for each prompt.", param=name)
+        if any(start < -1 for start in self._each(self.logprob_start_len, -1)):
             raise RequestError("logprob_start_len must be a place in the prompt, or -1.", param="logprob_start_len")
         if isinstance(self.rid, list):
             raise RequestError("rid: name the whole request with one string.", param="rid")
@@ -117,33 +139,34 @@ class GenerateRequest(Body):
 
     def samplings(self, lifecycle: Lifecycle) -> list[Any]:
         """Sampling parameters for each prompt. Raises `RequestError`."""
-        given = self.sampling_params or GenerateSampling()
-        each = given if isinstance(given, list) else [given] * len(self.each_prompt)
-        defaults = {**lifecycle.sampling_defaults, **self._logprobs()}
-        if self.reads_prompt:
-            each = [one.model_copy(update={"max_new_tokens": 1}) if one.max_new_tokens == 0 else one for one in each]
-        return [one.sampling(defaults, lifecycle.pipeline.tokenizer.vocab_size) for one in each]
+        samplings = []
+        for i, (one, logprobs) in enumerate(zip(self._each_sampling, self.each_logprobs, strict=True)):
+            if i in self.only_read:
+                one = one.model_copy(update={"max_new_tokens": 1})
+            defaults = {**lifecycle.sampling_defaults, **(logprobs.settings if logprobs else {})}
+            samplings.append(one.sampling(defaults, lifecycle.pipeline.tokenizer.vocab_size))
+        return samplings
 
-    def _logprobs(self) -> dict[str, int]:
-        """What `return_logprob` says of sampling. As SGLang has it, the first token of those asked for has no value."""
-        if not self.return_logprob:
-            return {}
-        num = self.top_logprobs_num or 0
-        if not self.reads_prompt:
-            return {"logprobs": num}
-        return {"logprobs": num, "prompt_logprobs": num, "prompt_logprobs_start": (self.logprob_start_len or 0) + 1}
+    def _each(self, value: Any, default: Any) -> list[Any]:
+        """What a field says of each prompt."""
+        return value if isinstance(value, list) else [default if value is None else value] * len(self.each_prompt)
 
     @property
-    def reads_prompt(self) -> bool:
-        """Log-probabilities of the prompt are asked for."""
-        return bool(self.return_logprob) and self.logprob_start_len not in (None, -1)
+    def _each_sampling(self) -> list[GenerateSampling]:
+        return self._each(self.sampling_params, GenerateSampling())
+
+    @property
+    def each_logprobs(self) -> list[_Logprobs | None]:
+        """What is asked for of each prompt and its answers."""
+        nums, starts = self._each(self.top_logprobs_num, 0), self._each(self.logprob_start_len, -1)
+        wanted = zip(self._each(self.return_logprob, False), nums, starts, strict=True)
+        return [_Logprobs(num, start) if is_wanted else None for is_wanted, num, start in wanted]
 
     @property
     def only_read(self) -> set[int]:
-        """Prompts of which nothing but that is asked for."""
-        given = self.sampling_params
-        each = given if isinstance(given, list) else [given] * len(self.each_prompt)
-        return {i for i, one in enumerate(each) if one and one.max_new_tokens == 0} if self.reads_prompt else set()
+        """Prompts of which nothing but their own log-probabilities is asked for."""
+        each = zip(self._each_sampling, self.each_logprobs, strict=True)
+        return {i for i, (one, lp) in enumerate(each) if one.max_new_tokens == 0 and lp and lp.start >= 0}
 
     def each_images(self) -> list[list[str]]:
         """Pictures of each prompt as URLs. Raises `RequestError`.
@@ -214,6 +237,7 @@ class _Generate(Exchange):
         super().__init__(lifecycle, f"gen-{uuid.uuid4().hex}", samplings, body.rid)
         self.request = body
         self.only_read = body.only_read
+        self.logprobs = body.each_logprobs
         self.images = body.each_images()
         self.began = time.monotonic()
 
@@ -261,20 +285,18 @@ class _Generate(Exchange):
             "weight_version": "default",
             "e2e_latency": time.monotonic() - self.began,
         }
-        if self.request.return_logprob:
-            logprobs = output.logprobs or []
-            read = self._read_logprobs(i)
+        if asked := self.logprobs[i]:
+            logprobs, read = output.logprobs or [], self._read_logprobs(i, asked.start)
             meta["input_token_logprobs"] = [self._logprob(token, lp.logprob if lp else None) for token, lp in read]
             meta["output_token_logprobs"] = [self._logprob(lp.token_id, lp.logprob) for lp in logprobs]
-            if self.request.top_logprobs_num:
+            if asked.num:
                 meta["input_top_logprobs"] = [lp and self._top(lp) for _, lp in read]
                 meta["output_top_logprobs"] = [self._top(lp) for lp in logprobs]
         return {"text": output.text, "output_ids": output.token_ids, "meta_info": meta}
 
-    def _read_logprobs(self, i: int) -> list[tuple[int, TokenLogprob | None]]:
-        """Tokens of prompt i, from logprob_start_len on, with their values but for the first."""
-        start = self.request.logprob_start_len
-        if not self.request.reads_prompt or start is None:
+    def _read_logprobs(self, i: int, start: int) -> list[tuple[int, TokenLogprob | None]]:
+        """Tokens of prompt i from `start` on, with their values but for the first."""
+        if start < 0:
             return []
         ids = self.answers[i].prompt.input_ids[start : start + 1].tolist()
         return [*((token, None) for token in ids), *((lp.token_id, lp) for lp in self.prompt_logprobs[i])]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sightline.errors import RequestError
+from sightline.prompt.roles import call_arguments
 from sightline.prompt.tool_parser import CallArguments, CallStart
 from sightline.prompt.tools import ToolUse, read_tools
 from sightline.server.schema import check_message
@@ -47,6 +48,7 @@ def _message(item: Mapping[str, Any], where: str) -> Json | None:
             return {"role": item.get("role"), "content": item.get("content")}
         case "function_call":
             function = {name: _string(item, name, where) for name in ("name", "arguments")}
+            call_arguments(function["arguments"], f"{where}.arguments")
             call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
             return {"role": "assistant", "content": None, "tool_calls": [call]}
         case "function_call_output":

@@ -26,6 +26,7 @@ from sightline.server.response_items import Output, named_in_input, read_flat_to
 from sightline.server.schema import (
     SamplingFields,
     StreamOptions,
+    Whole,
     check_metadata,
     check_stream_options,
     ranged,
@@ -64,8 +65,8 @@ class ResponsesRequest(SamplingFields):
     input: str | list[dict[str, Any]]
     model: str | None = None
     instructions: str | None = None
-    max_output_tokens: int | None = ranged(minimum=1)
-    top_logprobs: int | None = ranged(minimum=0, maximum=20)
+    max_output_tokens: Whole | None = ranged(minimum=1)
+    top_logprobs: Whole | None = ranged(minimum=0, maximum=20)
     include: list[str] | None = None
     text: TextOptions | None = None
     tools: list[dict[str, Any]] | None = None
@@ -131,7 +132,7 @@ class ResponsesRequest(SamplingFields):
 
     def grammar_fields(self) -> dict[str, Any]:
         """Beside the others, text.format."""
-        return {**super().grammar_fields(), "text.format": (self.text and self.text.format) or None}
+        return {**super().grammar_fields(), "text.format": self.text.format if self.text else None}
 
     def spelling(self, name: str) -> str:
         """As OpenAI spells them here."""

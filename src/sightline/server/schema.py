@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sightline.errors import RequestError
 from sightline.prompt.grammar import grammar_of
@@ -31,9 +31,9 @@ _HARMLESS = frozenset(
 )
 # Would change the answer and is not implemented: refused unless empty. Values that mean "off" are listed.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": (),
+    "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "functions": (),
+    "functions": ([],),
     "function_call": ("none", "auto"),
     "audio": (),
     "best_of": (1,),
@@ -95,6 +95,14 @@ class Body(BaseModel):
                 _log_once(name)
 
 
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number, and some clients write 256.0 where they mean 256."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 def ranged(**limits: float) -> Any:
     """An optional field whose range is told to readers of the API's description; `SamplingParams.validate` checks it."""
     return Field(default=None, json_schema_extra={**limits})
@@ -122,14 +130,16 @@ class PixelBounds(BaseModel):
 class SamplingFields(Body):
     """How to choose tokens and when to stop. Ranges are checked by `SamplingParams.validate`."""
 
-    max_tokens: int | None = ranged(minimum=1)
-    min_tokens: int | None = ranged(minimum=0)
+    max_temperature: ClassVar[float] = 2.0
+
+    max_tokens: Whole | None = ranged(minimum=1)
+    min_tokens: Whole | None = ranged(minimum=0)
     temperature: float | None = ranged(minimum=0, maximum=2)
-    top_p: float | None = ranged(exclusiveMinimum=0, maximum=1)
-    top_k: int | None = ranged(minimum=-1)
+    top_p: float | None = ranged(minimum=0, maximum=1)
+    top_k: Whole | None = ranged(minimum=-1)
     min_p: float | None = ranged(minimum=0, maximum=1)
-    n: int | None = ranged(minimum=1, maximum=128)
-    seed: int | None = None
+    n: Whole | None = ranged(minimum=1, maximum=128)
+    seed: Whole | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
@@ -156,6 +166,12 @@ class SamplingFields(Body):
         super().check()
         if isinstance(self.stop, list) and len(self.stop) > 16:
             raise RequestError("stop may hold at most 16 strings.", param="stop")
+        if self.temperature is not None and self.temperature > self.max_temperature:
+            raise RequestError(
+                f"temperature must be between 0 and {self.max_temperature:g}, not {self.temperature:g}.",
+                param="temperature",
+                code="invalid_value",
+            )
 
     def given(self) -> dict[str, Any]:
         """Fields of `SamplingParams` as the request has them; None where it says nothing."""
@@ -219,9 +235,9 @@ class ChatCompletionRequest(SamplingFields):
 
     messages: list[dict[str, Any]]
     model: str | None = None
-    max_completion_tokens: int | None = ranged(minimum=1)
+    max_completion_tokens: Whole | None = ranged(minimum=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = ranged(minimum=0, maximum=20)
+    top_logprobs: Whole | None = ranged(minimum=0, maximum=20)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
@@ -285,6 +301,8 @@ def check_metadata(metadata: Mapping[str, str] | None) -> None:
 def check_message(message: Mapping[str, Any], param: str) -> None:
     """Raises `RequestError` for what no template could take."""
     role = message.get("role")
+    if role is None:
+        raise RequestError(f"{param}.role is missing.", param=f"{param}.role", code="missing_required_parameter")
     if role not in ROLES:
         raise RequestError(
             f"{param}.role must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}.", param=f"{param}.role"
@@ -295,8 +313,6 @@ def check_message(message: Mapping[str, Any], param: str) -> None:
             return
         raise RequestError(f"{param}.content is missing.", param=f"{param}.content")
     if isinstance(content, str):
-        if not content and role == "user":
-            raise RequestError(f"{param}.content is empty.", param=f"{param}.content")
         return
     if not isinstance(content, list) or not content:
         raise RequestError(f"{param}.content must be a string or a non-empty list of parts.", param=f"{param}.content")
@@ -324,17 +340,23 @@ def _field_names(cls: type[BaseModel]) -> frozenset[str]:
 
 
 def _request_error(error: ValidationError, fields: frozenset[str]) -> RequestError:
-    first = error.errors(include_url=False)[0]
-    if first["type"] == "json_invalid":
-        return RequestError("The body is not valid JSON, or nested too deeply.", code="invalid_json")
-    # Branches of a union appear in the location by their type's name; they are no part of the field's path.
-    names = [p for p in first["loc"] if isinstance(p, int) or p in fields]
-    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in names).lstrip(".")
+    errors = error.errors(include_url=False)
+    if errors[0]["type"] == "json_invalid":
+        return RequestError(
+            f"The body is not valid JSON, or nested too deeply: {errors[0]['ctx']['error']}.", code="invalid_json"
+        )
+    # Branches of a union appear in the location by their type's name; they are no part of the field's path. The branch that
+    # was followed furthest is the one that was meant.
+    paths = [[p for p in each["loc"] if isinstance(p, int) or p in fields] for each in errors]
+    path = max(paths, key=len)
+    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
     if not param:
         return RequestError("The body must be a JSON object.", code="invalid_json")
-    if first["type"] == "missing":
+    found = [each for each, where in zip(errors, paths, strict=True) if where == path]
+    if found[0]["type"] == "missing":
         return RequestError(f"{param} is missing.", param=param, code="missing_required_parameter")
-    return RequestError(f"{param}: {first['msg'].lower()}.", param=param, code="invalid_type")
+    rules = dict.fromkeys(each["msg"].lower().removeprefix("input should be ") for each in found)
+    return RequestError(f"{param} must be {' or '.join(rules)}.", param=param, code="invalid_type")
 
 
 _logged: set[str] = set()

@@ -1,4 +1,7 @@
-"""Write docs/reliability.md from what the tests reported: `make soak`, or `python scripts/write_reliability.py REPORT.json ...`."""
+"""Write docs/reliability.md from what the tests reported: `make soak`, or `python scripts/write_reliability.py REPORT.json ...`.
+
+A row that the reports have no test of stays as it is in docs/reliability.json, with the day and the commit of its run.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+DATA = PAGE.with_suffix(".json")
 
 CHECKS = {
     1: ("clients cut off at random points", 2000),
@@ -52,19 +56,18 @@ HEAD = """# Reliability
 
 <!-- Written by `make soak` from what the tests reported. -->
 
-What the server survives, and the tests that show it. {date}, seed {seed}, scale {scale:g} of the full counts, {machine}. The tests
-run in `make test` at a tenth of the counts; `make soak` runs them at `SCALE=1` and writes this page. A check that failed is listed
-as failing, one without a test as not shown. Times are those of the machine named, which other work may have slowed.
+What the server survives, and the tests that show it. The tests run in `make test` at a tenth of the counts; `make soak` runs them at
+`SCALE=1` and writes this page. Each row says of which day and commit it is, and `reliability.json` beside this page has the seeds too. A
+check that failed is listed as failing, one without a test as not shown. Times are those of the machine named, which other work may have
+slowed.
 
-| check | | cases | of | result | measured |
-|---|---|---|---|---|---|
+| check | | cases | of | result | run | measured |
+|---|---|---|---|---|---|---|
 """
 
 TAIL = """
 What a row passes is what its tests assert, which is less than the full check where this list says so:
 
-- 10: seconds of overload, not ten minutes.
-- 13: eleven slow readers at once, not a hundred.
 - 34: of text requests meanwhile the median is bounded, by a fifth and 10 ms more than alone. The p99 is not: on two cores it is several times that.
 - 35: the pixels of each mode are asserted by tests/prompt/test_media.py, here that every way gives the same answer.
 - 39: changed, doubled and cut bytes of one request; requests generated from the schema are tests/server/test_openapi.py.
@@ -73,33 +76,52 @@ What a row passes is what its tests assert, which is less than the full check wh
 """
 
 
-def page(report: dict[str, Any]) -> str:
-    """The page for one report."""
+def rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Number of the check -> its row, for those that the report has tests of."""
     groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for name, test in report["tests"].items():
         for number in test["checks"]:
             groups[number].append({**test, "name": name})
     # The simulation asks both after each step.
-    groups[19] = [{**test, "cases": test["cases"]} for test in groups[22] if "every_answer" in test["name"]]
+    if simulations := [test for test in groups[22] if "every_answer" in test["name"]]:
+        groups[19] = simulations
+    found = {}
+    for number, tests in groups.items():
+        failed = [test["name"].rpartition("::")[2] for test in tests if not test["passed"]]
+        found[str(number)] = {
+            "cases": sum(int(test["cases"]) for test in tests),
+            "result": f"**fails**: {', '.join(failed)}" if failed else "passes",
+            "measured": "; ".join(sorted({str(test["measured"]) for test in tests if test.get("measured")})),
+            **report["about"],
+        }
+    return found
+
+
+def page(known: dict[str, dict[str, Any]]) -> str:
+    """The page for the rows of the last reports."""
     lines = []
     for number, (title, full) in CHECKS.items():
-        tests = groups[number]
-        failed = [test["name"].rpartition("::")[2] for test in tests if not test["passed"]]
-        result = "not shown" if not tests else f"**fails**: {', '.join(failed)}" if failed else "passes"
-        measured = "; ".join(sorted({str(t["measured"]) for t in tests if t.get("measured")}))
-        cells = (
-            number,
-            title,
-            sum(int(t["cases"]) for t in tests) or "",
-            full or "",
-            result,
-            measured.replace("|", "/"),
-        )
+        row = known.get(str(number))
+        cells: list[object] = [number, title, "", full or "", "not shown", "", ""]
+        if row is not None:
+            run = ", ".join(filter(None, (row["date"], row.get("commit"), row["machine"])))
+            run += "" if row["scale"] == 1 else f", scale {row['scale']:g}"
+            cells = [
+                number,
+                title,
+                row["cases"] or "",
+                full or "",
+                row["result"],
+                run,
+                row["measured"].replace("|", "/"),
+            ]
         lines.append(f"| {' | '.join(map(str, cells))} |\n")
-    return HEAD.format(**report["about"]) + "".join(lines) + TAIL
+    return HEAD + "".join(lines) + TAIL
 
 
 if __name__ == "__main__":
-    reports = [json.loads(Path(path).read_text()) for path in sys.argv[1:]]
-    tests = {name: test for report in reports for name, test in report["tests"].items()}
-    PAGE.write_text(page({**reports[0], "tests": tests}))
+    known = json.loads(DATA.read_text()) if DATA.exists() else {}
+    for path in sys.argv[1:]:
+        known |= rows(json.loads(Path(path).read_text()))
+    DATA.write_text(json.dumps({number: known[number] for number in sorted(known, key=int)}, indent=1) + "\n")
+    PAGE.write_text(page(known))

@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _results[report.nodeid] = {**properties, "passed": report.passed, "seconds": round(report.duration, 2)}
 
 
+def _commit() -> str:
+    """What the tests ran on; "" outside of a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the report, if one was asked for."""
     path = os.environ.get("RELIABILITY_REPORT")
@@ -70,6 +78,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "date": datetime.date.today().isoformat(),
             "scale": SCALE,
             "seed": SEED,
+            "commit": _commit(),
             "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         }
         Path(path).write_text(json.dumps({"about": about, "tests": _results}, indent=1))

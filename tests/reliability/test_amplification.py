@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 import requests
 
@@ -202,6 +203,57 @@ def test_smuggling(guarded: Guarded, count: Count) -> None:
         assert answer.split(b" ")[1:2] in ([b"400"], []), (tail, answer)
         assert answer.count(b"HTTP/1.1") <= 1
     count(len(SMUGGLED))
+
+
+def read_all(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.check(39)
+@pytest.mark.parametrize("extra", ["request", "noise", "late request", "late noise"])
+def test_what_is_sent_ahead_gets_no_answer(guarded: Guarded, extra: str, count: Count) -> None:
+    """The answer at hand is complete and the connection's last; nothing is written into it."""
+    body = json.dumps({"messages": [HI], "max_tokens": 60, "ignore_eos": True, "stream": True}).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nx-api-key: alpha\r\nContent-Length: %d\r\n\r\n" % len(
+        body
+    )
+    more = request + body if extra.endswith("request") else b"\0\xff\r\n\r\n"
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 10) as connection:
+        if extra.startswith("late"):
+            connection.sendall(request + body)
+            assert connection.recv(8) == b"HTTP/1.1"
+        connection.sendall(more if extra.startswith("late") else request + body + more)
+        answer = read_all(connection)
+    assert answer.count(b"HTTP/1.1") == (not extra.startswith("late"))
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    count(1)
+
+
+def test_an_empty_line_after_a_body_is_nothing(guarded: Guarded) -> None:
+    body = json.dumps({"messages": [HI], "max_tokens": 8, "ignore_eos": True}).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nx-api-key: alpha\r\nContent-Length: %d\r\n\r\n" % len(
+        body
+    )
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 10) as connection:
+        for _ in range(3):
+            connection.sendall(request + body)
+            connection.sendall(b"\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_refused_connection_is_closed(guarded: Guarded) -> None:
+    """Also when all of the request had come with what it was refused for, and the client keeps its end open."""
+    process = psutil.Process(guarded.process.pid)
+    with socket.create_connection(("127.0.0.1", guarded.process.port), 10) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 101 + b"\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 431")
+        mine = connection.getsockname()[1]
+        deadline = time.monotonic() + 5
+        while any(c.raddr and c.raddr.port == mine for c in process.net_connections("tcp")):
+            assert time.monotonic() < deadline, "the server keeps its end open"
+            time.sleep(0.05)
 
 
 SSTI = [

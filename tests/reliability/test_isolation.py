@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 import random
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -90,7 +93,6 @@ def test_clients_cut_off_anywhere(guarded: Guarded, count: Count) -> None:
 @pytest.mark.parametrize("state", ["queued", "decoding", "not streaming", "uploading"])
 def test_a_closed_socket_reaches_the_scheduler(guarded: Guarded, state: str, count: Count) -> None:
     import http.client
-    import json
     from urllib.parse import urlsplit
 
     total, slowest = -(-scaled(500, 10) // 4), 0.0
@@ -123,6 +125,35 @@ def test_a_closed_socket_reaches_the_scheduler(guarded: Guarded, state: str, cou
         # One may have ended before it was closed, on a machine that was busy elsewhere.
         assert after["aborted"] > before["aborted"]
         assert after["aborted"] + after["finished"] == before["aborted"] + before["finished"] + len(connections)
+    count(total, f"slowest {slowest * 1e3:.0f} ms; limit 1 s")
+
+
+@pytest.mark.check(2)
+@pytest.mark.parametrize("stream", [False, True], ids=["not streaming", "streaming"])
+def test_a_client_that_sent_ahead_and_goes(guarded: Guarded, stream: bool, count: Count) -> None:
+    """What it sent ahead is not run, and that it went is noticed although the server had not read all of that."""
+    total, slowest = scaled(100, 4), 0.0
+    data = json.dumps(body(0, max_tokens=400, stream=stream)).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nx-api-key: alpha\r\nContent-Length: %d\r\n\r\n" % len(
+        data
+    )
+    host, port = guarded.url.removeprefix("http://").split(":")
+    for n in range(total):
+        before = guarded.info()["calls"]
+        with socket.create_connection((host, int(port)), 5) as connection:
+            connection.sendall((request + data) * 3)
+            while guarded.info()["calls"]["received"] == before["received"]:
+                time.sleep(0.001)
+            if n % 2:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        began = time.monotonic()
+        while (after := guarded.info()["calls"])["in_flight"]:
+            assert time.monotonic() - began < 1.0
+            time.sleep(0.005)
+        slowest = max(slowest, time.monotonic() - began)
+        # It may have ended before the connection was closed.
+        assert after["aborted"] + after["finished"] == before["aborted"] + before["finished"] + 1
+        assert (after["received"], after["failed"]) == (before["received"] + 1, before["failed"])
     count(total, f"slowest {slowest * 1e3:.0f} ms; limit 1 s")
 
 

@@ -23,6 +23,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     A client gets `timeout` seconds for its headers, as much for its body, and as much again whenever the answer's
     unsent part has grown to what the transport buffers (64 KiB). It is cut off after that.
+
+    One request at a time: what follows a request before its answer is complete is not read, and that answer is the connection's
+    last (RFC 9112, 9.3.2: who sends ahead must be ready to send again). uvicorn would keep such requests and stop reading, and then
+    not notice when the client goes.
     """
 
     timeout = 60.0
@@ -31,7 +35,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._header_bytes = 0
-        self._in_message = self._in_headers = self._refused = False
+        self._in_message = self._in_headers = self._deaf = False
         self._stall: asyncio.TimerHandle | None = None
         self._stalled_since = 0.0
         self._sending = self.loop.call_later(self.timeout, self._too_slow)
@@ -54,7 +58,12 @@ class BoundedProtocol(HttpToolsProtocol):
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self._deaf:
+            return
+        if self._is_answering():
+            # Some clients end a body with an empty line of their own.
+            if data.strip(b"\r\n"):
+                self._ignore_the_rest()
             return
         if not self._in_message or self._in_headers:
             self._header_bytes += len(data)
@@ -63,17 +72,32 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
             self._refuse_headers()
 
+    def _is_answering(self) -> bool:
+        return not self._in_message and self.cycle is not None and not self.cycle.response_complete
+
+    def _ignore_the_rest(self) -> None:
+        self._deaf = True
+        self.cycle.keep_alive = False
+
     def on_message_begin(self) -> None:
+        if self._is_answering():
+            self._ignore_the_rest()
+        if self._deaf:
+            return
         super().on_message_begin()
         self._in_message = self._in_headers = True
         self._size = 0
         self._await_client(self.timeout)
 
     def on_url(self, url: bytes) -> None:
+        if self._deaf:
+            return
         self._count(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._deaf:
+            return
         self._count(len(name) + len(value))
         if len(self.headers) >= MAX_HEADERS:
             self._refuse_headers()
@@ -85,7 +109,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse_headers()
 
     def on_headers_complete(self) -> None:
-        if self._refused:
+        if self._deaf:
             return
         self._in_headers = False
         self._header_bytes = 0
@@ -94,14 +118,15 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if not self._refused:
+        if not self._deaf:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._deaf:
+            return
         self._in_message = False
         self._sending.cancel()
-        if not self._refused:
-            super().on_message_complete()
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "The request is not valid HTTP.", "invalid_http")
@@ -111,9 +136,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer without a request, and close when the client has had a moment to read why."""
-        if self._refused or self.transport.is_closing():
+        if self._is_answering():
+            self._ignore_the_rest()
+        if self._deaf or self.transport.is_closing():
             return
-        self._refused = True
+        self._deaf = True
         body = JSONResponse(error_body(RequestError(message, code=code, status=status))).body
         head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
         self.transport.write(head % (status, _REASONS[status], len(body)) + bytes(body))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import math
 import time
 import uuid
@@ -207,7 +206,7 @@ def _url(image: Any, param: str) -> str:
         return image
     try:
         base64.b64decode(image[:64], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ImageError(
             "image_data is neither a URL nor base64; files of the server are not read, send the picture's bytes.",
             code="invalid_image_url",

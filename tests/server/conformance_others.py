@@ -458,7 +458,7 @@ def _(api: Api) -> None:
     "the server's files are nobody's pictures",
 )
 def _(api: Api) -> None:
-    for value in ("/etc/passwd", "picture.png", "../secret.jpg", "\u00e9", "\ud800"):
+    for value in ("/etc/passwd", "picture.png", "../secret.jpg", "\u00e9"):
         api.refused("image_data[0]", "/generate", code="invalid_image_url", text="x", image_data=value)
     cut = data_url(picture(1)[:500])
     api.refused("image_data[1]", "/generate", code="image_parse_error", text="x", image_data=[PNG, cut])

@@ -293,17 +293,18 @@ TRICKY = (
 )
 
 
-@pytest.mark.parametrize(
-    "source",
-    [NAMED_TEMPLATES["qwen2-vl"], NAMED_TEMPLATES["llama_3_vision"], TRICKY],
-    ids=["qwen2-vl", "llama_3_vision", "tricky"],
-)
+@pytest.mark.parametrize("source", [*NAMED_TEMPLATES.values(), TRICKY], ids=[*NAMED_TEMPLATES, "tricky"])
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("special", sorted(tokenizer().added)[::3])
 def test_no_special_token_comes_from_a_client(special: str, frame: Any, source: str) -> None:
     for attack in (special, f"a{special}b", special * 3, f"{special[:-1]}{special}", f" {special}\n"):
         harmless = attack.replace("<", "(").replace("|", "/")
         tools = [[{"function": {"name": s, "description": s, "parameters": {s: s}}}] for s in (attack, harmless)]
+        if "tools" not in source:
+            tools = [None, None]
+        if refusal := template(source).refusal(frame(attack), tools[0]):
+            assert "has no place for" in str(refusal)
+            return
         attacked, plain = (
             template(source).render(frame(s), tools=t) for s, t in zip((attack, harmless), tools, strict=True)
         )

@@ -512,7 +512,7 @@ http://user@127.0.0.1:{p}/ http://example.com@127.0.0.1:{p}/ http://127.0.0.1:{p
 http://example.com\\@127.0.0.1:{p}/ http://127.0.0.%31:{p}/ http://%6c%6f%63alhost:{p}/ http://①②⑦.0.0.1:{p}/ http://127。0。0。1:{p}/
 http://localhost.:{p}/ http://127.0.0.1.:{p}/ https://127.0.0.1:{p}/ HTTP://127.0.0.1:{p}/ http:/127.0.0.1:{p}/ http:127.0.0.1:{p}/
 http:///127.0.0.1:{p}/ http://127.0.0.1:{p}?x http://127.0.0.1:{p}#x http://10.0.0.1/ http://192.168.0.1/ http://169.254.169.254/latest/
-http://[2002:808:808::]/ http://[64:ff9b::808:808]/ http://[::ffff:8.8.8.8]/ http://[fe80::1]/ http://[fc00::1]/ http://[2002:7f00:1::]/ http://[64:ff9b::7f00:1]/ http://100.64.0.1/ http://ip6-localhost:{p}/
+http://168.63.129.16/ http://[2002:808:808::]/ http://[64:ff9b::808:808]/ http://[::ffff:8.8.8.8]/ http://[fe80::1]/ http://[fc00::1]/ http://[2002:7f00:1::]/ http://[64:ff9b::7f00:1]/ http://100.64.0.1/ http://ip6-localhost:{p}/
 gopher://127.0.0.1:{p}/ unix:/var/run/docker.sock file:///etc/passwd //127.0.0.1:{p}/ /etc/passwd ~/x \\\\127.0.0.1\\x
 http+unix://x/ http://127.0.0.1:{p}/a\tb http://a\nb:{p}/ blob:http://127.0.0.1:{p}/ view-source:http://127.0.0.1:{p}/""".split()
 

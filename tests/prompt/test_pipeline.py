@@ -262,6 +262,25 @@ def test_nothing_stalls_the_event_loop(kind: str) -> None:
     assert asyncio.run(run()) < 0.1
 
 
+@pytest.mark.check(17)
+@pytest.mark.parametrize("piece", ["word ", "<|im_end|>", "<", "é😀", "{{ x }}", "\ufdd0"])
+def test_a_prompt_takes_linear_time(piece: str) -> None:
+    """Rendering and tokenising twice as much takes twice as long; what looks like special tokens is no exception."""
+    mine = pipeline()
+
+    def seconds(length: int) -> float:
+        text = piece * (length // len(piece))
+
+        def once() -> float:
+            began = time.thread_time()
+            mine.tokenizer.encode_trusted(*mine.template.render([{"role": "user", "content": text}]))
+            return time.thread_time() - began
+
+        return min(once() for _ in range(3))
+
+    assert seconds(200_000) < 3 * seconds(100_000)
+
+
 def test_bytes_are_decoded_hashed_and_probed_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = pipeline()
     done: list[str] = []

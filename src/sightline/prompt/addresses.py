@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 
+# Azure's wire server: an address like any other that answers each virtual machine there with its secrets.
+_METADATA = ipaddress.IPv4Address("168.63.129.16")
+
 
 def is_public(address: str) -> bool:
     """Whether an IP address is globally routable; addresses that embed an IPv4 one count as that one."""
@@ -17,7 +20,7 @@ def is_public(address: str) -> bool:
         # Global unicast (RFC 4291, section 2.4); leaves out the old site-local range, which Python counts as global.
         if ip not in ipaddress.ip_network("2000::/3"):
             return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip != _METADATA
 
 
 def embedded(address: str) -> ipaddress.IPv4Address | None:

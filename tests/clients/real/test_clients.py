@@ -16,7 +16,7 @@ PYTHON = [
     ("instructor_", "openai2", "tools structured"),
     ("pydantic_ai_", "openai3", "picture streaming structured tools responses"),
     ("openai_agents", "openai3", "picture streaming structured tools"),
-    ("llm_cli", "openai3", "picture streaming structured offered"),
+    ("llm_cli", "openai3", "picture streaming structured offered tools"),
 ]
 NODE = [
     ("openai", "picture streaming structured tools responses errors"),

@@ -216,6 +216,26 @@ def test_the_limit_is_bytes(habit: str, count: Count) -> None:
     count(1, f"{habit}: +{growth:.0f} MB; limit 1 MB a picture")
 
 
+@pytest.mark.check(27)
+def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch, count: Count) -> None:
+    """A proxy would resolve the name itself, past every check here."""
+    routes: dict[str, Any] = {"picture": answer(b"picture")}
+    with HostileHost(routes) as proxy, HostileHost(routes) as host:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+
+        async def load() -> bytes:
+            loader = MediaLoader(OPEN)
+            try:
+                return await loader.load(host.url("picture"))
+            finally:
+                await loader.close()
+
+        assert asyncio.run(load()) == b"picture"
+        assert (host.asked, proxy.asked) == (["picture"], [])
+    count(4)
+
+
 NO_OPEN = """
 import asyncio, os, sys
 from sightline.errors import ImageError

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -98,6 +100,23 @@ def test_only_the_http_port_listens(tiny_process: ServerProcess) -> None:
     family = [psutil.Process(tiny_process.pid), *psutil.Process(tiny_process.pid).children(recursive=True)]
     listening = [c.laddr.port for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert listening == [tiny_process.port]
+
+
+def test_batches_are_logged(tiny_process: ServerProcess) -> None:
+    """In the words that SGLang's users look for; a decode line every forty steps."""
+    mark = tiny_process.log_size()
+    body = {"messages": ask("x"), "max_tokens": 90, "ignore_eos": True}
+    assert requests.post(f"{tiny_process.base_url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+    deadline = time.monotonic() + 5
+    lines = (
+        r"Prefill batch\. #new-seq: 1, #new-token: \d+, #cached-token: \d+, #image: 0, token usage: \d\.\d\d, #running-req: \d+, "
+        r"#queue-req: 0",
+        r"Decode batch\. #running-req: 1, #token: \d+, token usage: \d\.\d\d, gen throughput \(token/s\): [\d.]+, "
+        r"#queue-req: 0",
+    )
+    while not all(re.search(line, tiny_process.log(mark)) for line in lines):
+        assert time.monotonic() < deadline, tiny_process.log(mark)
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

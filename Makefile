@@ -53,7 +53,7 @@ test-operations: $(TOOLS) ## scrape a server with a real Prometheus, try dashboa
 	@scripts/install_system.sh test-operations prometheus prometheus
 	@$(BIN)/python -m pytest -q -n 0 tests/operations $(ARGS)
 
-test-cluster: $(CLUSTER) ## run the tests of many machines on a local Ray cluster, two to three minutes
+test-cluster: $(CLUSTER) ## run the tests of many machines on a local Ray cluster, about three minutes
 	@$(BIN)/python -m pytest -q -n 0 tests/cluster $(ARGS)
 
 test-clients: $(TOOLS) $(CLIENTS) $(NODE) ## run other people's clients and load tools against a server (installs them, with npm)

@@ -65,7 +65,7 @@ def test_shortest_queue_sends_nothing_to_an_engine_with_more_to_do() -> None:
     """A known prompt too: what is cached does not count."""
     with replicas("--load-balance-method", "shortest_queue") as server:
         server.wait_ready()
-        end = start_streams(server, 1)
+        end = start_streams(server, 1, max_tokens=800)
         for _ in range(6):
             assert chat(server, ask("the same"), max_tokens=1).status_code == 200
         assert sorted(per_engine(server, "sightline_prompt_tokens_total"))[0] > 0
@@ -126,12 +126,12 @@ def test_one_engine_dies_and_the_other_serves_on() -> None:
         assert server.wait_exit(10) == 7
 
 
-def start_streams(server: ServerProcess, count: int) -> Callable[[], list[tuple[str, float]]]:
+def start_streams(server: ServerProcess, count: int, max_tokens: int = 2500) -> Callable[[], list[tuple[str, float]]]:
     """Start long streams; the function returned waits for the last line of each, and when it came."""
     begun = threading.Barrier(count + 1)
 
     def read(i: int) -> tuple[str, float]:
-        body = {"messages": numbered(10 + i, "stream"), "max_tokens": 2500, "ignore_eos": True, "stream": True}
+        body = {"messages": numbered(10 + i, "stream"), "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
         last = ""
         with requests.post(f"{server.base_url}/v1/chat/completions", json=body, stream=True, timeout=90) as answer:
             for line in answer.iter_lines(decode_unicode=True):

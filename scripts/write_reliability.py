@@ -85,7 +85,7 @@ def rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for number in test["checks"]:
             groups[number].append({**test, "name": name})
     # The simulation asks both after each step.
-    if simulations := [test for test in groups[22] if "every_answer" in test["name"]]:
+    if simulations := [test for test in groups.get(22, ()) if "every_answer" in test["name"]]:
         groups[19] = simulations
     found = {}
     for number, tests in groups.items():

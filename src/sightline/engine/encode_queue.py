@@ -14,7 +14,7 @@ from sightline.types import ImageRef
 logger = logging.getLogger("sightline.engine")
 
 # Between two steps that decode: less than such a step takes while prompts come in.
-SLICE_SECONDS = 0.010
+SLICE_SECONDS = 0.015
 
 
 class Encoded(NamedTuple):

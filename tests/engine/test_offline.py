@@ -125,7 +125,7 @@ def test_mistakes_reach_the_caller(engine: Engine) -> None:
     with pytest.raises(ImageError):
         engine.chat(messages(b"no picture"), GREEDY)
     with pytest.raises(RequestError, match="temperature"):
-        engine.chat(messages("x"), SamplingParams(temperature=9.0))
+        engine.chat(messages("x"), SamplingParams(temperature=-1.0))
     with pytest.raises(RequestError, match="maximum context length"):
         engine.chat(messages("word " * 5000), GREEDY)
     # And the engine goes on.

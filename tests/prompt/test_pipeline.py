@@ -265,7 +265,7 @@ def test_nothing_stalls_the_event_loop(kind: str) -> None:
 @pytest.mark.check(17)
 @pytest.mark.parametrize("piece", ["word ", "<|im_end|>", "<", "é😀", "{{ x }}", "\ufdd0"])
 def test_a_prompt_takes_linear_time(piece: str) -> None:
-    """Rendering and tokenising twice as much takes twice as long; what looks like special tokens is no exception."""
+    """Rendering and tokenising a prompt takes time in proportion to its length; what looks like special tokens is no exception."""
     mine = pipeline()
 
     def seconds(length: int) -> float:
@@ -278,7 +278,8 @@ def test_a_prompt_takes_linear_time(piece: str) -> None:
 
         return min(once() for _ in range(3))
 
-    assert seconds(200_000) < 3 * seconds(100_000)
+    # four times as much; quadratic would be sixteen times as long, and other work on the machine may double a time
+    assert seconds(400_000) < 9 * seconds(100_000)
 
 
 def test_bytes_are_decoded_hashed_and_probed_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,11 +236,13 @@ def test_an_empty_line_after_a_body_is_nothing(guarded: Guarded) -> None:
         body
     )
     host, port = guarded.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 10) as connection:
+    with socket.create_connection((host, int(port)), 10) as connection, connection.makefile("rb") as answers:
         for _ in range(3):
             connection.sendall(request + body)
             connection.sendall(b"\r\n")
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+            headers = dict(line.lower().split(b": ", 1) for line in iter(answers.readline, b"\r\n"))
+            assert json.loads(answers.read(int(headers[b"content-length"])))["usage"]["completion_tokens"] == 8
 
 
 def test_a_refused_connection_is_closed(guarded: Guarded) -> None:

@@ -66,3 +66,14 @@ def test_it_equals_torch_and_the_portable_kernel(
     monkeypatch.setattr(portable, "_on_hopper", lambda q: False)
     other = vision_attention(q, k, v, num_pictures)[:num_patches]
     torch.testing.assert_close(result, other, atol=1e-2, rtol=1e-2)
+
+
+def test_a_triton_without_the_language_leaves_the_portable_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "sightline.kernels.vision_attention_hopper", None)
+    monkeypatch.delattr("sightline.kernels.vision_attention_hopper", raising=False)
+    portable._hopper.cache_clear()
+    assert portable._hopper() is None
+    assert "portable kernel" in caplog.text
+    portable._hopper.cache_clear()

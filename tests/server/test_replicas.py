@@ -93,7 +93,8 @@ def test_one_engine_dies_and_the_other_serves_on() -> None:
 
         def one(i: int) -> tuple[int, str]:
             answer = chat(server, ask(f"number {i}"), max_tokens=4, ignore_eos=True)
-            if next(done) == NUM_REQUESTS // 3:
+            # soon, while the streams still run
+            if next(done) == NUM_REQUESTS // 10:
                 kill.set()
             return answer.status_code, str((answer.json().get("error") or {}).get("code"))
 
@@ -126,7 +127,7 @@ def test_one_engine_dies_and_the_other_serves_on() -> None:
         assert server.wait_exit(10) == 7
 
 
-def start_streams(server: ServerProcess, count: int, max_tokens: int = 2500) -> Callable[[], list[tuple[str, float]]]:
+def start_streams(server: ServerProcess, count: int, max_tokens: int = 3500) -> Callable[[], list[tuple[str, float]]]:
     """Start long streams; the function returned waits for the last line of each, and when it came."""
     begun = threading.Barrier(count + 1)
 

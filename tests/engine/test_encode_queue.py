@@ -98,3 +98,14 @@ def test_pictures_that_nobody_wants_any_more_are_not_begun():
     runner = Counting(slice=None)
     assert queue(runner, A, B, gone=[A]).advance((), True) == [Encoded(A), Encoded(B, "features of b")]
     assert runner.begun == [[B]]
+
+
+def test_what_failed_is_tried_again_in_the_same_step_however_small_a_slice_is():
+    runner = Counting(slice=1.0)
+    runner.bad = [A]
+    waiting = queue(runner, A, B)
+    while not runner.begun or runner.parts < 4:
+        assert waiting.advance((), True) == []
+    done = waiting.advance((), True)
+    assert [str(result.error) for result in done] == ["no picture"]
+    assert runner.begun == [[A], [A]]

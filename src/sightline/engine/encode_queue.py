@@ -70,14 +70,14 @@ class EncodeQueue:
     def advance(self, needed: Collection[bytes], beside_decoding: bool) -> list[Encoded]:
         """Encode all of `needed`, and beside decoding one slice of the others. Returns what is finished.
 
-        A job that fails is tried again, picture by picture.
+        A job that fails is tried again at once, picture by picture.
         """
         done: list[Encoded] = []
         limit = self._runner.slice_flops()
         missing = set(needed)
         spent = last = 0.0
         while self._jobs:
-            sought = next((job for job in self._jobs if job.digests & missing), None)
+            sought = next((job for job in self._jobs if job.again or job.digests & missing), None)
             # the next part is most often as large as the last
             full = limit is not None and spent > 0 and spent + last > limit
             if sought is None and (full or not beside_decoding):

@@ -8,6 +8,8 @@ each other by a file and talk over the loopback interface and NVLink or PCIe.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +52,7 @@ class Group:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
+        self._is_silent = False
 
     def connect(self, rendezvous: Path, device: torch.device) -> None:
         """Meet the other ranks, which all name the same new file. device: where their tensors lie."""
@@ -90,11 +93,20 @@ class Group:
         assert self.size % num_kv_heads == 0, f"{num_kv_heads} key heads and {self.size} ranks"
         return Shard(self.rank // (self.size // num_kv_heads), 1, num_kv_heads)
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Inside, collectives are left out: what they return has the right shape and arbitrary numbers."""
+        self._is_silent = True
+        try:
+            yield
+        finally:
+            self._is_silent = False
+
     # -- collectives: every rank calls the same ones in the same order -------------------------------------------------------
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place of x (contiguous)."""
-        if self.size > 1:
+        if self.size > 1 and not self._is_silent:
             dist.all_reduce(x)
         return x
 
@@ -103,12 +115,13 @@ class Group:
         if self.size == 1:
             return x
         parts = x.new_empty(self.size, *x.shape)
-        _all_gather(parts.view(-1, x.shape[-1]), x.contiguous())
+        if not self._is_silent:
+            _all_gather(parts.view(-1, x.shape[-1]), x.contiguous())
         return parts.transpose(0, 1).flatten(1)
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """x (contiguous) of one rank, in place of everybody's."""
-        if self.size > 1:
+        if self.size > 1 and not self._is_silent:
             dist.broadcast(x, src=source)
         return x
 

@@ -15,16 +15,18 @@ from torch import Tensor
 
 from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
 from sightline.attention.torch_sdpa import TorchSDPABackend
-from sightline.models.loader import architecture, load_model, read_config
+from sightline.models.loader import architecture, build_model, fill_model, read_config
 from sightline.prompt.processor import MindsCompany, PixelLimits, Processor, render
 from sightline.registry import FAMILIES
 
 PAGE_SIZE = 16
 
 
-def load(model_dir: Path, **options: Any) -> Any:
+def load(model_dir: Path, load_format: str = "auto", on_progress: Any = None, **options: Any) -> Any:
     """Our model of the folder: float32 on the CPU unless said otherwise."""
-    return load_model(model_dir, architecture(read_config(model_dir)), **options)
+    model = build_model(model_dir, architecture(read_config(model_dir)), **options)
+    fill_model(model, model_dir, load_format=load_format, on_progress=on_progress)
+    return model
 
 
 def processor(model_dir: Path) -> Processor:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sightline.errors import CheckpointError, ModelNotFoundError
-from sightline.models.loader import architecture, load_model, read_config
+from sightline.models.loader import architecture, read_config
 from tests import tiny
 from tests.models.harness import load
 
@@ -244,13 +244,13 @@ def test_broken_config_json(folder: Path) -> None:
 
 def test_unknown_load_format(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="load_format is 'pickle'"):
-        load_model(folder, "Qwen2VLForConditionalGeneration", load_format="pickle")
+        load(folder, load_format="pickle")
 
 
 def test_importing_and_loading_needs_no_transformers(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from sightline.models.loader import load_model;"
-        "load_model(Path(sys.argv[1]), 'Qwen2VLForConditionalGeneration');"
+        "import sys; from pathlib import Path; from sightline.models.loader import build_model, fill_model;"
+        "folder = Path(sys.argv[1]); fill_model(build_model(folder, 'Qwen2VLForConditionalGeneration'), folder);"
         "print([m for m in ('transformers', 'huggingface_hub', 'PIL', 'torch._dynamo') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)

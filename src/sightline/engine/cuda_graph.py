@@ -126,14 +126,17 @@ class StepGraphs:
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def capture(self, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
-        """Largest first, so that the smaller ones fit into its memory."""
+    def planned_keys(self) -> list[tuple[int, int]]:
+        """Of all graphs, the largest first."""
         pairs = [
             (tokens, sampled) for tokens in self.token_sizes for sampled in self.sampled_sizes if sampled <= tokens
         ]
-        keys = [*((size, 0) for size in self.decode_sizes), *pairs]
-        keys.sort(reverse=True)
+        return sorted([*((size, 0) for size in self.decode_sizes), *pairs], reverse=True)
+
+    @torch.inference_mode()
+    def capture(self, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
+        """Largest first, so that the smaller ones fit into its memory."""
+        keys = self.planned_keys()
         pool = torch.cuda.graph_pool_handle()
         memory, parts = self._inputs.host()
         self._pad(parts, 0, 0)

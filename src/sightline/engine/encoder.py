@@ -165,7 +165,8 @@ class Encoder:
         tensor = torch.from_numpy(pixels.array)
         if self._device.type == "cuda":
             # pinned already, unless this is no picture of a client's
-            tensor = tensor.pin_memory().to(self._device, non_blocking=True)
+            tensor = tensor.pin_memory()
+        tensor = tensor.to(self._device, non_blocking=True)
         return render(tensor, pixels.views) if pixels.views else tensor
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,19 @@ from sightline.cache.page_pool import PagePool
 from sightline.cache.radix import RadixCache
 from sightline.cache.vision_cache import VisionCache
 from sightline.config import EngineConfig
+from sightline.engine.ahead import compiling_ahead, rehearse
 from sightline.engine.core import EngineCore
 from sightline.engine.encoder import Encoder
 from sightline.engine.executor import Executor, GraphSizes
 from sightline.engine.grammar import GrammarCompiler
 from sightline.engine.memory import PAGE_SIZE, max_running_requests, module_bytes, plan_memory
-from sightline.engine.peak import encoder_rate, largest_picture, measure_peak, step_cache
+from sightline.engine.peak import blank_pictures, encoder_rate, largest_picture, measure_peak, step_cache
 from sightline.engine.runner import ModelRunner
 from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import Scheduler, SchedulerConfig
 from sightline.engine.workers import Workers, rendezvous
 from sightline.errors import DeviceError, SettingError
-from sightline.models.loader import architecture, load_model, model_class_and_config, read_config
+from sightline.models.loader import architecture, build_model, fill_model, model_class_and_config, read_config
 from sightline.parallel import Group
 from sightline.prompt.processor import load_processor
 from sightline.registry import FAMILIES
@@ -107,16 +109,9 @@ def build_executor(
     if config.num_threads is not None or config.num_ranks > 1:
         torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.num_ranks))
     torch.manual_seed(config.random_seed or 0)
-    model: Any = load_model(
-        model_dir,
-        architecture(read_config(model_dir)),
-        dtype=dtype,
-        device=device,
-        load_format=config.load_format,
-        on_progress=on_progress,
-        group=group,
-    )
-    return Executor(
+    hf_config = read_config(model_dir)
+    model: Any = build_model(model_dir, architecture(hf_config), dtype=dtype, device=device, group=group)
+    executor = Executor(
         model,
         group,
         cache=step_cache(model.kv_spec, _max_step(config, device), dtype, device),
@@ -125,6 +120,25 @@ def build_executor(
         device=device,
         features=VisionCache(0).get,
     )
+    with _compiling(config, model_dir, hf_config, executor):
+        fill_model(model, model_dir, load_format=config.load_format, on_progress=on_progress)
+    return executor
+
+
+def _compiling(
+    config: EngineConfig, model_dir: Path, hf_config: dict, executor: Executor
+) -> AbstractContextManager[None]:
+    """On a GPU: compiles what the steps of a start launch, beside the body."""
+    device = executor.device
+    if device.type == "cpu":
+        return nullcontext()
+
+    def rehearsal() -> None:
+        pictures = blank_pictures(FAMILIES[architecture(hf_config)].processor, model_dir)
+        max_running = max_running_requests(config, device)
+        rehearse(executor, pictures, max_step=_max_step(config, device), max_running=max_running)
+
+    return compiling_ahead(rehearsal)
 
 
 def _overlaps(config: EngineConfig, device: torch.device) -> bool:
@@ -201,12 +215,12 @@ def _build_core(
         grammars=GrammarCompiler(model_dir, eos, model.config.vocab_size),
         decode_log_interval=config.decode_log_interval,
     )
-    on_progress(LoadProgress("warm-up"))
-    _warm_up(core)
     if max_mixed is not None and executor.backend.capturable and not config.disable_cuda_graph:
         runner.capture(
             _graph_sizes(config, plan, max_mixed), lambda fraction: on_progress(LoadProgress("graphs", fraction))
         )
+    on_progress(LoadProgress("warm-up"))
+    _warm_up(core)
     return core, plan
 
 

@@ -17,43 +17,58 @@ from sightline.engine.request import Request
 from sightline.engine.runner import ModelRunner
 from sightline.engine.scheduler import ScheduledRow
 from sightline.models import KVSpec
-from sightline.prompt.processor import PixelLimits, load_processor
+from sightline.prompt.processor import ImagePlan, PixelLimits, Processor, load_processor
 from sightline.types import ImageRef, Pixels, SamplingParams
 
 # A side longer than any family keeps, and the shapes among which the costliest picture is.
 _SIDE = 6000
 _SHAPES = ((1, 1), (1, 2), (2, 1), (1, 4), (4, 1))
 _ENOUGH = 4096
+_ONE_TOKEN = SamplingParams(max_tokens=1)
+_USUAL = ((1024, 1024), (256, 256))
 
 
-class Largest(NamedTuple):
-    """The largest picture that is encoded for the measurement, and how many times as many features the largest one has."""
+class Blank(NamedTuple):
+    """A black picture that is yet to be resized. scale: how many times as many features the one has that it stands for."""
 
     image: ImageRef
     pixels: Pixels
-    scale: float
+    scale: float = 1.0
 
 
-def largest_picture(processor_path: str | None, model_dir: Path) -> Largest | None:
-    """The picture with the most tokens that the family's processor makes, black and yet to be resized; None for text alone.
+def largest_picture(processor_path: str | None, model_dir: Path) -> Blank | None:
+    """The picture with the most tokens that the family's processor makes; None for text alone.
 
     Time grows with the square of a picture's patches, but memory does not: above some thousand features a smaller one stands
     in for it.
     """
     processor = load_processor(processor_path, model_dir)
-    if processor is None:
-        return None
+    return None if processor is None else _largest(processor)
+
+
+def _largest(processor: Processor) -> Blank:
     shapes = [(_SIDE // w, _SIDE // h) for w, h in _SHAPES]
     width, height = max(shapes, key=lambda size: processor.plan(*size).num_tokens)
     largest = plan = processor.plan(width, height)
     if largest.num_tokens > _ENOUGH:
         max_pixels = largest.width * largest.height * _ENOUGH // largest.num_tokens
         plan = processor.plan(width, height, PixelLimits(max_pixels=max_pixels))
+    return _blank(processor, plan)._replace(scale=largest.num_tokens / plan.num_tokens)
+
+
+def blank_pictures(processor_path: str | None, model_dir: Path) -> list[Blank]:
+    """The largest and some like those that clients send; none for text alone."""
+    processor = load_processor(processor_path, model_dir)
+    if processor is None:
+        return []
+    return [_largest(processor), *(_blank(processor, processor.plan(*size)) for size in _USUAL)]
+
+
+def _blank(processor: Processor, plan: ImagePlan) -> Blank:
     # twice the sides of what becomes of it: about as much larger as a picture that a GPU gets may be
     size = (2 * plan.width, 2 * plan.height)
     pixels = Pixels(np.zeros((size[1], size[0], 3), dtype=np.uint8), processor.views(size, plan))
-    image = ImageRef(b"largest", 0, plan.num_tokens, plan.grid)
-    return Largest(image, pixels, largest.num_tokens / plan.num_tokens)
+    return Blank(ImageRef(b"blank", 0, plan.num_tokens, plan.grid), pixels)
 
 
 def step_cache(spec: KVSpec, max_step: int, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -71,7 +86,7 @@ def step_cache(spec: KVSpec, max_step: int, dtype: torch.dtype, device: torch.de
 
 
 def measure_peak(
-    runner: ModelRunner, largest: Largest | None, num_pictures: int, *, max_step: int, max_running: int
+    runner: ModelRunner, largest: Blank | None, num_pictures: int, *, max_step: int, max_running: int
 ) -> int:
     """Bytes above what is allocated now: num_pictures of `largest` in the encoder and, beside it, a step of max_step tokens and
     the sampling of max_running rows with every filter. The runner's cache is a `step_cache`."""
@@ -88,17 +103,17 @@ def measure_peak(
         runner.collect(launched)
 
     def step() -> None:
-        run([_request(runner, max_step, SamplingParams(max_tokens=1))])
+        run([blank_request(runner, max_step)])
 
     def sample() -> None:
         params = SamplingParams(max_tokens=1, top_p=0.5, top_k=50, min_p=0.01, logprobs=20)
-        run([_request(runner, 1, params) for _ in range(rows)])
+        run([blank_request(runner, 1, params) for _ in range(rows)])
 
     pictures = int(largest.scale * _peak(device, encode)) if largest is not None else 0
     return pictures + max(_peak(device, step), _peak(device, sample))
 
 
-def encoder_rate(runner: ModelRunner, largest: Largest) -> float:
+def encoder_rate(runner: ModelRunner, largest: Blank) -> float:
     """Floating-point operations a second of the vision tower, once its kernels are compiled."""
     with torch.inference_mode():
         torch.cuda.synchronize(runner.executor.device)
@@ -108,7 +123,7 @@ def encoder_rate(runner: ModelRunner, largest: Largest) -> float:
     return flops / (time.perf_counter() - began)
 
 
-def _encode(runner: ModelRunner, largest: Largest, num_pictures: int) -> float:
+def _encode(runner: ModelRunner, largest: Blank, num_pictures: int) -> float:
     """Its floating-point operations."""
     source = runner.new_pixels(largest.pixels.array.shape, np.uint8)
     source[:] = largest.pixels.array
@@ -119,7 +134,8 @@ def _encode(runner: ModelRunner, largest: Largest, num_pictures: int) -> float:
     return flops
 
 
-def _request(runner: ModelRunner, num_tokens: int, params: SamplingParams) -> Request:
+def blank_request(runner: ModelRunner, num_tokens: int, params: SamplingParams = _ONE_TOKEN) -> Request:
+    """A prompt of zeros, with pages of the runner's `step_cache`."""
     ids = np.zeros(num_tokens, dtype=np.int32)
     request = Request("peak", 0, ids, params, 1, runner.new_state(params, ids, 0))
     request.pages = list(range(1, -(-len(ids) // PAGE_SIZE) + 1))

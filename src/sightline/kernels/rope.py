@@ -16,7 +16,7 @@ from torch import Tensor
 _HEADS = 8
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions"])
+@triton.jit(do_not_specialize=["stride_axis"], do_not_specialize_on_alignment=["positions"])
 def _tables_kernel(positions, axis, inv_freq, cos, sin, stride_axis, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row)."""
     row = tl.program_id(0).to(tl.int64)

@@ -39,7 +39,7 @@ def _fetch(main, rest, bar, tiles, tiles_rest, picture, row, column, i, wanted, 
     _load(rest, [picture, row, column + 64], bar.index(i), tiles_rest.index(i), wanted)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_patches"])
 def _vision_hopper_kernel(
     q, out, k_main, k_rest, v_main, v_rest, num_patches, scale, stride, stride_out,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,

@@ -50,32 +50,36 @@ def architecture(config: Mapping[str, Any]) -> str:
     return names[0]
 
 
-def load_model(
+def build_model(
     model_dir: Path,
     architecture: str,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    load_format: str = "auto",
-    on_progress: Progress | None = None,
     group: Group = SOLO,
 ) -> nn.Module:
-    """Build this rank's share of the model of `architecture` and fill it; in eval mode, without gradients.
+    """This rank's share of the model of `architecture`, in eval mode, without gradients and with arbitrary weights."""
+    model_class, config, _ = model_class_and_config(model_dir, architecture)
+    with _defaults(torch.device(device), dtype):
+        model: nn.Module = model_class(config, group).eval()
+    return model
+
+
+def fill_model(
+    model: nn.Module, model_dir: Path, *, load_format: str = "auto", on_progress: Progress | None = None
+) -> None:
+    """Give a model that was built of the same folder its weights.
 
     load_format: "auto" or "safetensors" reads the folder's safetensors; "dummy" makes random weights on the device and
     reads config.json alone. on_progress: called with (fraction, detail) as bytes arrive.
     """
-    device = torch.device(device)
-    model_class, config, companion = model_class_and_config(model_dir, architecture)
-    with _defaults(device, dtype):
-        model: nn.Module = model_class(config, group).eval()
     if load_format == "dummy":
-        _fill_at_random(model, device)
+        _fill_at_random(model)
     elif load_format in ("auto", "safetensors"):
+        companion = _companion(type(model), read_config(model_dir))
         _fill(model, model_dir, on_progress or (lambda fraction, detail: None), companion)
     else:
         raise CheckpointError(f"load_format is {load_format!r}; known are auto, safetensors and dummy.")
-    return model
 
 
 def model_class_and_config(model_dir: Path, architecture: str) -> tuple[Any, Any, str | None]:
@@ -84,12 +88,16 @@ def model_class_and_config(model_dir: Path, architecture: str) -> tuple[Any, Any
     model_class = getattr(importlib.import_module(module_name), class_name)
     preprocessor = model_dir / "preprocessor_config.json"
     hf_config = read_config(model_dir)
-    companion = model_class.companion(hf_config) if hasattr(model_class, "companion") else None
+    companion = _companion(model_class, hf_config)
     companion_dir = hub.find_companion(companion, model_dir) if companion else None
     if companion_dir is not None:
         hf_config = {**hf_config, "companion_config": read_config(companion_dir)}
     config = model_class.config_class.from_hf(hf_config, _read_json(preprocessor) if preprocessor.is_file() else {})
     return model_class, config, companion
+
+
+def _companion(model_class: Any, hf_config: Mapping[str, Any]) -> str | None:
+    return model_class.companion(hf_config) if hasattr(model_class, "companion") else None
 
 
 @contextmanager
@@ -231,10 +239,10 @@ def _few(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{more} {'are' if len(names) > 1 else 'is'}"
 
 
-def _fill_at_random(model: nn.Module, device: torch.device) -> None:
+def _fill_at_random(model: nn.Module) -> None:
     """Matrices of deviation 1 / sqrt(fan in), so that activations stay near 1; norms and biases as they are born. The ranks of a
     group draw the same numbers, so they agree about what each of them holds in full."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             parameter.data.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)

@@ -7,8 +7,10 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import uvicorn
 
@@ -117,6 +119,7 @@ class _Server:
             raise error
         assert lifecycle.plan is not None
         _print_plan(lifecycle.plan, lifecycle.pipeline.processor, self._config.tp_size)
+        logger.info("loading took: %s", view.seconds())
         hint = "; a browser shows the playground there" if self._config.enable_playground else ""
         logger.info("ready after %.1f s: %s serves %s%s", lifecycle.ready_after, url, lifecycle.model_name, hint)
         self._manager.ready(f"serves {lifecycle.model_name}")
@@ -170,6 +173,7 @@ class _ProgressView:
 
     def __init__(self) -> None:
         self._phase = ""
+        self._began: dict[str, float] = {}
         self._live = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -184,7 +188,13 @@ class _ProgressView:
             self._live = Progress(*columns, console=Console(stderr=True))
             self._live.start()
 
+    def seconds(self) -> str:
+        """How long each phase took but the last, which is `ready`."""
+        spans = pairwise(self._began.items())
+        return ", ".join(f"{phase} {end - began:.1f} s" for (phase, began), (_, end) in spans)
+
     def __call__(self, progress: LoadProgress) -> None:
+        self._began.setdefault(progress.phase, time.monotonic())
         if self._live is None:
             if progress.phase != self._phase and progress.phase != "ready":
                 logger.info("loading: %s", progress.phase)

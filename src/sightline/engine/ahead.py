@@ -1,0 +1,127 @@
+"""Compiles a GPU's kernels side by side, before they are needed.
+
+Triton compiles a kernel at its first launch, and runs a C compiler for what launches it: one after the other that took 10 of
+the 30 s of a first start. So the steps of a start are rehearsed as soon as the model has its memory: launches only hand
+their kernels to a pool of threads (Triton's compiler does not hold Python's lock), which go on while the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sightline.cache.vision_cache import VisionCache
+from sightline.engine.encoder import Encoder
+from sightline.engine.executor import Executor
+from sightline.engine.memory import PAGE_SIZE
+from sightline.engine.peak import Blank, blank_request
+from sightline.engine.runner import ModelRunner
+from sightline.engine.sampler import Sampler
+from sightline.engine.scheduler import ScheduledRow
+
+logger = logging.getLogger("sightline.engine")
+
+# Sizes of decode steps between which kernels or their tiles differ, and a context that several programs share.
+_DECODE_ROWS = (1, 16, 32, 64)
+_LONG_CONTEXT = 4096
+_PROMPTS = (PAGE_SIZE - 1, 2 * PAGE_SIZE - 1, 1024)
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that leave a kernel ready to be launched."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return super().submit(_ready_to_launch, fn, *args, **kwargs)
+
+
+def _ready_to_launch(compile_kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kernel = compile_kernel(*args, **kwargs)
+    # the property makes its launcher and loads both
+    _ = kernel.run
+    return kernel
+
+
+@contextmanager
+def compiling_ahead(rehearsal: Callable[[], None]) -> Iterator[None]:
+    """Run `rehearsal`, whose kernels are compiled until the end of the body and not launched.
+
+    What cannot be compiled is tried again, and reported, where it is launched.
+    """
+    from triton import AsyncCompileMode
+
+    began = time.monotonic()
+    current = torch.cuda.current_device()
+    with _Compilers(len(os.sched_getaffinity(0)), "compile", torch.cuda.set_device, (current,)) as compilers:
+        mode = AsyncCompileMode(compilers, ignore_errors=True)
+        with mode:
+            with launches_only_compile():
+                try:
+                    rehearsal()
+                except Exception as error:
+                    logger.warning("not all kernels are compiled ahead: %s: %s", type(error).__name__, error)
+            num_kernels = len(mode.raw_futures)
+            rehearsed = time.monotonic()
+            yield
+            loaded = time.monotonic()
+    logger.info(
+        "compiled %d kernels: %.1f s of rehearsal, %.1f s behind the weights",
+        num_kernels,
+        rehearsed - began,
+        time.monotonic() - loaded,
+    )
+
+
+@contextmanager
+def launches_only_compile() -> Iterator[None]:
+    """For this process: nobody else launches during a start."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def rehearse(executor: Executor, pictures: Sequence[Blank], *, max_step: int, max_running: int) -> None:
+    """Steps of all kinds, and pictures, through a model whose weights are arbitrary. Its cache is a `step_cache`."""
+    # without graphs, which would remember these shapes
+    encoder = Encoder(executor.model, executor.device, executor.group)
+    sampler = Sampler(executor.model.config.vocab_size, executor.device)
+    runner = ModelRunner(executor, vision_cache=VisionCache(0), sampler=sampler, eos_token_ids=())
+    with executor.group.silent():
+        # Llama 3.2's tower looks at its weights, and remembers what it saw
+        for picture in () if executor.cross_attention else pictures:
+            for _ in _encode(encoder, picture):
+                pass
+        for num_tokens in (max_step, *(n for n in _PROMPTS if n < max_step)):
+            request = blank_request(runner, num_tokens)
+            runner.forward([ScheduledRow(request, 0, num_tokens, True)], 0)
+        prompts = [blank_request(runner, 1) for _ in range(min(max_running, max_step))]
+        runner.forward([ScheduledRow(request, 0, 1, True) for request in prompts], 0)
+        for num_rows in (*(n for n in _DECODE_ROWS if n < max_running), max_running):
+            for context in (1, min(_LONG_CONTEXT, max_step)):
+                _decode(runner, num_rows, context)
+
+
+def _encode(encoder: Encoder, picture: Blank) -> Iterator[float]:
+    encoder.kept((yield from encoder.encoding([picture.image], [picture.pixels])))
+
+
+def _decode(runner: ModelRunner, num_rows: int, context: int) -> None:
+    requests = [blank_request(runner, context) for _ in range(num_rows)]
+    for request in requests:
+        request.output_ids.append(0)
+    runner.forward([ScheduledRow(request, context - 1, 1, True) for request in requests], num_rows)

@@ -149,6 +149,9 @@ class HashRunner:
         self._fail_if_planned("encode", bool(digests & self.bad_pictures))
         return list(pixels)
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def slice_flops(self) -> float | None:
         return self.work.encoder_slice
 

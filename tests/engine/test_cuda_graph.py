@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def graphs() -> StepGraphs:
         num_layers=1, num_pages=4, page_size=PAGE, num_kv_heads=1, head_dim=4, dtype=torch.float32, device=cpu
     )
     backend: Any = Backend()
-    result = StepGraphs(
+    return StepGraphs(
         model,
         cache,
         backend,
@@ -45,10 +45,6 @@ def graphs() -> StepGraphs:
         num_heads=2,
         device=cpu,
     )
-    captured: Any = object()
-    sizes = [(t, s) for t in result.token_sizes for s in result.sampled_sizes if s <= t]
-    result._graphs = dict.fromkeys([*((size, 0) for size in result.decode_sizes), *sizes], captured)
-    return result
 
 
 @pytest.mark.parametrize(
@@ -78,9 +74,87 @@ def test_which_graph(
 
 def test_a_wide_gap_is_not_padded(graphs: StepGraphs) -> None:
     graphs.token_sizes = [256, 2048]
-    graphs._graphs = dict.fromkeys([(256, 16), (2048, 16)], graphs._graphs[(256, 16)])
+    graphs.planned = [(2048, 16), (256, 16)]
     assert graphs.key(300, 4, 6, 5) is None
     assert graphs.key(1700, 4, 6, 5) == (2048, 16)
+
+
+class Graph:
+    """Writes down what happens to it."""
+
+    log: ClassVar[list[str]] = []
+
+    def capture_begin(self, **options: Any) -> None:
+        self.log.append("begin")
+
+    def capture_end(self) -> None:
+        self.log.append("end")
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+
+@pytest.fixture
+def log(graphs: StepGraphs, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of graphs, and of the slots that a computation writes to."""
+    monkeypatch.setattr(Graph, "log", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    views = graphs._inputs.views
+    monkeypatch.setattr(graphs, "_compute", lambda tokens, sampled: Graph.log.append(f"{views['slots'][:2].tolist()}"))
+    # a CPU has no pinned memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    return Graph.log
+
+
+def _decode_step(num_rows: int) -> HostStep:
+    return HostStep(
+        ids=np.zeros(num_rows, dtype=np.int64),
+        places=[-1] * num_rows,
+        positions=np.zeros((3, num_rows), dtype=np.int64),
+        slots=np.arange(num_rows) + 50,
+        q_lens=[1] * num_rows,
+        kv_lens=[1] * num_rows,
+        page_table=np.ones((num_rows, 1), dtype=np.int32),
+        sampled=list(range(num_rows)),
+    )
+
+
+def test_a_start_captures_some_graphs_and_idle_time_the_others(graphs: StepGraphs, log: list[str]) -> None:
+    graphs.capture()
+    assert sorted(graphs._graphs) == [
+        (1, 0),
+        (2, 0),
+        (4, 0),
+        (8, 0),
+        (16, 0),
+        (32, 0),
+        (512, 16),
+        (512, 64),
+        (512, 100),
+    ]
+    graphs.run((1, 0), _decode_step(1), None)
+    log.clear()
+    assert graphs.capture_next()
+    # what is computed then writes to no slot, least of all to those of the step before
+    assert log == ["[-1, -1]", "begin", "[-1, -1]", "end"]
+    while graphs.capture_next():
+        pass
+    assert list(graphs._graphs.keys() - graphs.planned) == []
+    assert len(graphs._graphs) == len(graphs.planned)
+
+
+def test_ranks_capture_all_at_once(graphs: StepGraphs, log: list[str]) -> None:
+    graphs.capture(whole=True)
+    assert not graphs.capture_next()
+
+
+def test_the_first_step_of_a_size_is_computed_and_then_captured(graphs: StepGraphs, log: list[str]) -> None:
+    graphs.run((24, 0), _decode_step(20), None)
+    assert log == ["[50, 51]", "begin", "[50, 51]", "end"]
+    graphs.run((24, 0), _decode_step(18), None)
+    assert log[4:] == ["replay"]
 
 
 def test_the_layout_of_a_mixed_step(graphs: StepGraphs) -> None:

@@ -205,6 +205,9 @@ class TimedModel:
             yield seconds / _PARTS
         return [True] * len(images)
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def slice_flops(self) -> float | None:
         """Seconds, as what `encoding` yields."""
         return self._slice

@@ -57,6 +57,9 @@ class Runner(Protocol):
     def slice_flops(self) -> float | None:
         """See `PictureRunner`."""
 
+    def use_idle_time(self) -> bool:
+        """Do a part, of some hundredths of a second, of what can wait; False when nothing is left."""
+
     def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> Any:
         """Compute the rows and write their K/V; returns the step. A decode row's token may still be in flight."""
 

@@ -1,7 +1,8 @@
 """Whole steps as CUDA graphs: one launch instead of hundreds, which a processor is too slow to make in time.
 
 A graph replays with the addresses that it was captured with, so its inputs live in static tensors; it is captured for a few
-sizes, and a smaller step is padded with rows that read and write nothing.
+sizes, and a smaller step is padded with rows that read and write nothing. A start waits for some of the graphs; the others are
+captured when the engine is idle, or behind the first step of their size.
 """
 
 from __future__ import annotations
@@ -119,38 +120,53 @@ class StepGraphs:
         self._page_table = torch.zeros(sequences, max_pages, dtype=torch.int32, device=device)
         self._hidden = torch.zeros(self.token_sizes[-1], config.hidden_size, dtype=cache.k[0].dtype, device=device)
         self._logits = torch.zeros(max(max_batch, max_running), config.vocab_size, dtype=torch.float32, device=device)
+        pairs = [(tokens, n) for tokens in self.token_sizes for n in self.sampled_sizes if n <= tokens]
+        # of all graphs, the largest first, so that the smaller ones fit into its memory
+        self.planned = sorted([*((size, 0) for size in self.decode_sizes), *pairs], reverse=True)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def _tiles_of(self, q_lens: Sequence[int]) -> int:
         return len(self._backend.plan_tiles(q_lens, q_lens, self._num_heads, self._cache))
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
-    def planned_keys(self) -> list[tuple[int, int]]:
-        """Of all graphs, the largest first."""
-        pairs = [
-            (tokens, sampled) for tokens in self.token_sizes for sampled in self.sampled_sizes if sampled <= tokens
+    def capture(self, on_progress: Callable[[float], None] = lambda fraction: None, whole: bool = False) -> None:
+        """Graphs of the largest steps, whose memory the others share, and of decode steps of 1, 2, 4, 8 ... rows. whole: all."""
+        most = self.token_sizes[-1]
+        keys = [
+            (tokens, sampled)
+            for tokens, sampled in self.planned
+            if whole or tokens == most or (not sampled and (tokens.bit_count() == 1 or tokens == self.decode_sizes[-1]))
         ]
-        return sorted([*((size, 0) for size in self.decode_sizes), *pairs], reverse=True)
+        for i, key in enumerate(keys):
+            self._prepare(key)
+            on_progress((i + 1) / len(keys))
+
+    def capture_next(self) -> bool:
+        """Capture one that is missing; False when there is none."""
+        key = next((key for key in self.planned if key not in self._graphs), None)
+        if key is not None:
+            self._prepare(key)
+        return key is not None
 
     @torch.inference_mode()
-    def capture(self, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
-        """Largest first, so that the smaller ones fit into its memory."""
-        keys = self.planned_keys()
-        pool = torch.cuda.graph_pool_handle()
+    def _prepare(self, key: tuple[int, int]) -> None:
+        """Run a step of nothing but padding, and capture it."""
         memory, parts = self._inputs.host()
         self._pad(parts, 0, 0)
         self._inputs.upload(memory)
-        for i, key in enumerate(keys):
-            # compiles kernels and fills caches, which a capture cannot do
-            self._compute(*key)
-            graph = torch.cuda.CUDAGraph()
-            # NCCL's thread asks after its events meanwhile
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            self._compute(*key)
-            graph.capture_end()
-            self._graphs[key] = graph
-            on_progress((i + 1) / len(keys))
+        self._compute(*key)
+        self._capture(key)
+
+    def _capture(self, key: tuple[int, int]) -> None:
+        """Behind a run of it, which compiles kernels and fills caches, as a capture cannot do."""
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's thread asks after its events meanwhile
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._compute(*key)
+        graph.capture_end()
+        self._graphs[key] = graph
 
     def _compute(self, tokens: int, sampled: int) -> None:
         """The first `sampled` logits of a mixed step, or `tokens` of a decode step (sampled is 0)."""
@@ -195,7 +211,7 @@ class StepGraphs:
         needed = max(num_rows, min(size, self.token_sizes[-1]))
         tokens = self.token_sizes[bisect_left(self.token_sizes, needed)]
         # between the last sizes there can be a wide gap, where padding would cost more than launches
-        if tokens - needed > max(_MIN_GAP, needed // 3) or (tokens, size) not in self._graphs:
+        if tokens - needed > max(_MIN_GAP, needed // 3) or (tokens, size) not in self.planned:
             return None
         return tokens, size
 
@@ -221,7 +237,11 @@ class StepGraphs:
             self._newest[: newest.shape[0]].copy_(newest)
         if sampled:
             self._hidden[:tokens].copy_(self._model.embed(self._ids(tokens), image_rows, features))
-        self._graphs[key].replay()
+        if key in self._graphs:
+            self._graphs[key].replay()
+        else:
+            self._compute(*key)
+            self._capture(key)
         return self._logits[: len(step.sampled)]
 
     @staticmethod

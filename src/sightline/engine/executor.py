@@ -113,7 +113,7 @@ class Executor:
         )
 
     def capture(self, sizes: GraphSizes, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
-        """Make the graphs."""
+        """Make graphs. Several ranks make all at once, because none may wait for another later."""
         graphs = StepGraphs(
             self.model,
             self.cache,
@@ -122,7 +122,7 @@ class Executor:
             device=self.device,
             **sizes._asdict(),
         )
-        graphs.capture(on_progress)
+        graphs.capture(on_progress, whole=self.group.size > 1)
         self.graphs = graphs
 
     @contextmanager

@@ -129,13 +129,16 @@ class _Loop:
     def run(self) -> None:
         """Serve until `Shutdown`."""
         core = self._core
+        idles = True
         while True:
-            for message in self._connection.receive(None if core.idle or core.stalled else 0):
+            waits = core.stalled or (core.idle and not idles)
+            for message in self._connection.receive(None if waits else 0):
                 if isinstance(message, Shutdown):
                     return
                 self._handle(message)
             if core.idle:
                 core.scheduler.assert_idle()
+                idles = core.runner.use_idle_time()
             else:
                 began = time.monotonic()
                 events = core.step()

@@ -96,6 +96,11 @@ class ModelRunner:
             self.workers.capture(sizes)
         self.executor.capture(sizes, on_progress)
 
+    def use_idle_time(self) -> bool:
+        """Do a part of what was left for it; False when nothing is left."""
+        graphs = self.executor.graphs
+        return graphs is not None and graphs.capture_next()
+
     def num_features(self, image: ImageRef) -> int:
         """See `Encoder.num_features`."""
         return self.executor.encoder.num_features(image)

@@ -81,12 +81,12 @@ def test_every_reason_names_a_flag_that_exists() -> None:
 
 def test_files_and_environment_know_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "s.yaml"
-    file.write_text("nnodes: 1\nquantization: null\nenable_torch_compile: false\nport: 1001\n")
+    file.write_text("gpu_id_step: 1\nquantization: null\nenable_torch_compile: false\nport: 1001\n")
     assert load("--config", str(file)).port == 1001
-    file.write_text("node_rank: 2\n")
-    assert "--node-rank: one machine serves a model" in refusal(capsys, "--config", str(file))
-    assert "--nnodes: one machine" in refusal(capsys, env={"SIGHTLINE_NNODES": "2"})
-    assert load(env={"SIGHTLINE_NNODES": "1"}) == load()
+    file.write_text("base_gpu_id: 2\n")
+    assert "--base-gpu-id: choose the device" in refusal(capsys, "--config", str(file))
+    assert "--gpu-id-step: choose the device" in refusal(capsys, env={"SIGHTLINE_GPU_ID_STEP": "2"})
+    assert load(env={"SIGHTLINE_GPU_ID_STEP": "1"}) == load()
 
 
 def test_a_mistyped_variable_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,16 @@ class EngineConfig(BaseModel):
         ge=1,
         le=64,
     )
+    nnodes: int = setting(
+        1, "Machines that hold one model together, each an equal part of --tp-size; each runs the same command.", ge=1
+    )
+    node_rank: int = setting(0, "Which of --nnodes this machine is; 0 is the server.", ge=0)
+    dist_init_addr: str | None = setting(None, "HOST:PORT of node 0, where it waits for the others.", "nccl-init-addr")
+    dist_secret: str = setting(
+        "",
+        "What the nodes know each other by, 16 characters or more; in SIGHTLINE_DIST_SECRET, no list of processes shows it.",
+    )
+    dist_timeout: float = setting(600.0, "Seconds that nodes wait for each other at the start.", gt=0)
     dp_size: int = setting(
         1,
         "Engines behind one port, each with the whole model; on GPUs each has its own, on a CPU they share cores and memory.",
@@ -116,7 +126,12 @@ class EngineConfig(BaseModel):
     @property
     def num_ranks(self) -> int:
         """Processes that share the machine's cores and memory on a CPU: the ranks of all engines."""
-        return self.tp_size * self.dp_size
+        return self.ranks_per_node * self.dp_size
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of one engine on each machine."""
+        return self.tp_size // self.nnodes
 
 
 class ServerConfig(EngineConfig):
@@ -331,7 +346,8 @@ def _read_file(cls: type[BaseModel], path: Path, parser: argparse.ArgumentParser
 
 
 def dump_public(config: ServerConfig) -> dict[str, Any]:
-    """The configuration without keys and without this machine's paths, for /server_info."""
-    paths = {"model", "download_dir", "chat_template", "allowed_local_media_path", "api_key_file"}
-    values: dict[str, Any] = json.loads(config.model_dump_json(exclude={"api_key", "admin_api_key", *paths}))
+    """The configuration without secrets and without this machine's paths and addresses, for /server_info."""
+    private = {"model", "download_dir", "chat_template", "allowed_local_media_path", "api_key_file", "dist_init_addr"}
+    secrets = {"api_key", "admin_api_key", "dist_secret"}
+    values: dict[str, Any] = json.loads(config.model_dump_json(exclude=private | secrets))
     return {**values, "num_api_keys": len(config.api_key)}

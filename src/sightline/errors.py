@@ -149,6 +149,12 @@ def startup_error(exit_code: int, message: str) -> StartupError:
         2: SettingError,
         3: ModelNotFoundError,
         4: OutOfMemoryError,
+        5: AddressInUseError,
         6: DeviceError,
     }
     return kinds.get(exit_code, StartupError)(message)
+
+
+def leaves_device_unusable(error: BaseException) -> bool:
+    """After a CUDA error nothing can be computed any more in its process."""
+    return "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"

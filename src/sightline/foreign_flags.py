@@ -70,7 +70,6 @@ stream-interval | 1 | every token is sent when it is there
 stream-output | switch | /generate sends the text so far, as SGLang does by default
 constrained-json-whitespace-pattern | | JSON has the grammar's own white space
 watchdog-timeout | | the engine has no timer for a step
-dist-timeout | | a rank that dies is noticed at once; there is nothing to wait for
 base-gpu-id | 0 | choose the device with CUDA_VISIBLE_DEVICES
 gpu-id-step | 1 | choose the device with CUDA_VISIBLE_DEVICES
 log-level-http | | use --log-level
@@ -81,9 +80,6 @@ file-storage-path | | no files are kept; send pictures in the request
 enable-cache-report | switch ok | usage always has cached_tokens
 reasoning-parser | | the served models do not reason
 ep-size, expert-parallel-size, ep | 1 | models with experts are not served
-dist-init-addr, nccl-init-addr | | one machine serves a model
-nnodes | 1 | one machine serves a model
-node-rank | 0 | one machine serves a model
 json-model-override-args | {} | edit the checkpoint's config.json instead
 lora-paths | | LoRA adapters are not supported; merge them into the weights
 max-loras-per-batch | | LoRA adapters are not supported
@@ -148,7 +144,7 @@ async-scheduling | switch ok | steps overlap on a GPU
 scheduling-policy | fcfs | requests are served in their order
 pipeline-parallel-size, pp | 1 | a model is divided by --tp-size, not by layers
 api-server-count | 1 | one process serves HTTP
-distributed-executor-backend | mp | the ranks of an engine are processes of one machine
+distributed-executor-backend | mp | the ranks of an engine are processes; several machines are --nnodes, or Ray Serve
 swap-space | 0 | K/V is kept on the device only
 generation-config | auto | generation_config.json gives the defaults of sampling; requests override them
 override-generation-config | | edit the checkpoint's generation_config.json, or send the values with requests

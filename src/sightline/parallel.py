@@ -1,22 +1,24 @@
 """Ranks that hold one model together: what each holds of it, and the sums between them.
 
 A `Group` is an argument of whatever needs it, never a global; a group of one rank sums and gathers by doing nothing. Collectives
-are torch.distributed's: NCCL between GPUs, gloo between processes of a CPU. The ranks of a group are on one machine, so they find
-each other by a file and talk over the loopback interface and NVLink or PCIe.
+are torch.distributed's: NCCL between GPUs, gloo between processes of a CPU. Ranks of one machine find each other by a file and talk
+over the loopback interface and NVLink or PCIe; those of several, by a store of rank 0's and over the machines' networks.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 
 # torch 2.13 renamed it
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -47,21 +49,43 @@ class Shard(NamedTuple):
 
 
 class Group:
-    """One rank's view of `size` ranks. Models are built with it before it is connected."""
+    """One rank's view of `size` ranks. Models are built with it before it is connected.
+
+    num_collectives: those that this rank has begun; ranks of which all have the same are in step.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
         self._is_silent = False
+        self.num_collectives = 0
 
-    def connect(self, rendezvous: Path, device: torch.device) -> None:
-        """Meet the other ranks, which all name the same new file. device: where their tensors lie."""
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo")
+    def connect(self, store: str, device: torch.device, listener: socket.socket | None = None) -> None:
+        """Meet the other ranks, which all name the same new store: a `file:` URL, or the `tcp:` URL at which rank 0 listens.
+
+        device: where their tensors lie. listener: rank 0's for a `tcp:` URL; the store takes it.
+        """
+        url = urlsplit(store)
+        met: FileStore | TCPStore
+        if url.scheme == "file":
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, "lo")
+            met = FileStore(url.path, self.size)
+        else:
+            assert url.hostname is not None, store
+            met = TCPStore(
+                url.hostname,
+                url.port or 0,
+                self.size,
+                is_master=listener is not None,
+                timeout=_TIMEOUT,
+                wait_for_workers=False,
+                master_listen_fd=None if listener is None else listener.detach(),
+            )
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            init_method=rendezvous.as_uri(),
+            store=met,
             rank=self.rank,
             world_size=self.size,
             timeout=_TIMEOUT,
@@ -104,9 +128,16 @@ class Group:
 
     # -- collectives: every rank calls the same ones in the same order -------------------------------------------------------
 
+    def _takes_part(self) -> bool:
+        """Whether the collective that is asked for is to be done; it is counted."""
+        if self.size == 1 or self._is_silent:
+            return False
+        self.num_collectives += 1
+        return True
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place of x (contiguous)."""
-        if self.size > 1 and not self._is_silent:
+        if self._takes_part():
             dist.all_reduce(x)
         return x
 
@@ -115,13 +146,13 @@ class Group:
         if self.size == 1:
             return x
         parts = x.new_empty(self.size, *x.shape)
-        if not self._is_silent:
+        if self._takes_part():
             _all_gather(parts.view(-1, x.shape[-1]), x.contiguous())
         return parts.transpose(0, 1).flatten(1)
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """x (contiguous) of one rank, in place of everybody's."""
-        if self.size > 1 and not self._is_silent:
+        if self._takes_part():
             dist.broadcast(x, src=source)
         return x
 

@@ -197,7 +197,9 @@ class FlushCache(msgspec.Struct, tag=True):
 
 
 class Shutdown(msgspec.Struct, tag=True):
-    """End the engine process now; requests in flight are dropped."""
+    """End the engine process now; requests in flight are dropped. orphaned: nobody asked, the one who would is gone."""
+
+    orphaned: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

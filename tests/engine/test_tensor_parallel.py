@@ -99,6 +99,7 @@ def driver(model_dir: Path, size: int, run_dir: Path, **settings: Any) -> Iterat
         yield engine
     finally:
         engine.core.runner.close()
+        engine.core.runner.executor.group.close()
 
 
 def everything(engine: Driver, asked: dict[str, Prompt]) -> dict[str, Any]:
@@ -208,6 +209,42 @@ def test_what_fails_on_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(core.runner.executor, "run", fail)
         with pytest.raises(RankError, match="ValueError: no"):
             engine.ask(good)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "after sums"])
+def test_a_step_that_fails_alike_on_all_ranks_ends_only_the_request_that_breaks_it(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that no rank can follow: of a picture that none has, or of more rows than it has, which is found out when the embeddings
+    have been summed."""
+    good, broken = make(30), make(9, (90, 60), 12)
+    with driver(tiny.qwen2_vl(), 2, tmp_path) as engine:
+        expected = engine.ask(good, GREEDY, b"a").ids
+        core, group = engine.core, engine.core.runner.executor.group
+        plan = core.runner._plan
+
+        def wrong(*args: Any) -> StepPlan:
+            made = plan(*args)
+            parts = [p._replace(end=p.end + 1) if late else p._replace(digest=b"?") for p in made.pictures]
+            return made._replace(pictures=parts)
+
+        monkeypatch.setattr(core.runner, "_plan", wrong)
+        ends = {}
+        for name, prompt in (("first", good), ("broken", broken), ("last", good)):
+            core.add(prompt.request(name, GREEDY, name.encode()))
+        for image, pixels in zip(broken.images, broken.pixels, strict=True):
+            core.put_pixels(image.digest, Pixels(pixels))
+        tokens: dict[str, list[int]] = {"first": [], "broken": [], "last": []}
+        before = group.num_collectives
+        while not core.idle:
+            for event in core.step():
+                assert isinstance(event, TokenEvent)
+                tokens[event.request_id] += event.token_ids
+                if event.finish_reason:
+                    ends[event.request_id] = event.finish_reason
+        assert group.num_collectives > before
+        assert ends == {"first": FinishReason.LENGTH, "broken": FinishReason.ERROR, "last": FinishReason.LENGTH}
+        assert (tokens["first"], tokens["last"]) == (expected, expected)
 
 
 def test_pictures_are_divided_by_their_size() -> None:

@@ -225,6 +225,9 @@ class TimedModel:
     def collect(self, step: int) -> list[Sampled]:
         return [Sampled(1)] * step
 
+    def close(self) -> None:
+        """Holds nothing."""
+
 
 class _Replica:
     """An engine, and what its HTTP process knows of it."""

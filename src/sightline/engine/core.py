@@ -14,7 +14,7 @@ from sightline.engine.encode_queue import EncodeQueue
 from sightline.engine.grammar import GrammarCompiler, wait_for_any
 from sightline.engine.request import Request
 from sightline.engine.scheduler import Batch, ScheduledRow, Scheduler
-from sightline.errors import EngineError, GrammarCostError, RankError
+from sightline.errors import EngineError, GrammarCostError, RankError, leaves_device_unusable
 from sightline.types import (
     EngineRequest,
     EngineStats,
@@ -68,6 +68,9 @@ class Runner(Protocol):
 
     def collect(self, step: Any) -> list[Sampled]:
         """Those tokens, in order."""
+
+    def close(self) -> None:
+        """End what belongs to it."""
 
 
 class _Flight(NamedTuple):
@@ -431,7 +434,7 @@ class EngineCore:
 
 def _reraise_if_fatal(error: Exception) -> None:
     """A CUDA error leaves the context unusable, and ranks out of step wait for ever: the process must end."""
-    if isinstance(error, RankError) or "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+    if isinstance(error, RankError) or leaves_device_unusable(error):
         raise error
 
 

@@ -28,11 +28,12 @@ from sightline.engine.encoder import Encoder
 from sightline.engine.executor import Executor, GraphSizes
 from sightline.engine.grammar import GrammarCompiler
 from sightline.engine.memory import PAGE_SIZE, max_running_requests, module_bytes, plan_memory
+from sightline.engine.node_link import check_nodes
 from sightline.engine.peak import blank_pictures, encoder_rate, largest_picture, measure_peak, step_cache
 from sightline.engine.runner import ModelRunner
 from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import Scheduler, SchedulerConfig
-from sightline.engine.workers import Workers, rendezvous
+from sightline.engine.workers import Workers
 from sightline.errors import DeviceError, SettingError
 from sightline.models.loader import architecture, build_model, fill_model, model_class_and_config, read_config
 from sightline.parallel import Group
@@ -66,27 +67,31 @@ def build_core(
     if group.size > 1:
         assert run_dir is not None, "the ranks meet in the run directory"
         check_group(config, model_dir)
-        workers = Workers(run_dir, group)
+        workers = Workers(run_dir, group, config, model_dir)
     try:
-        return _build_core(config, model_dir, on_progress, group, workers, run_dir)
-    except BaseException:
+        return _build_core(config, model_dir, on_progress, group, workers)
+    except BaseException as error:
         if workers is not None:
-            workers.close()
+            workers.close(getattr(error, "exit_code", 1), f"node 0: {error}")
         raise
 
 
 def check_group(config: EngineConfig, model_dir: Path) -> None:
-    """Raises `SettingError` for a world size that cannot divide the model and `DeviceError` for one without enough GPUs."""
+    """Raises `SettingError` for a world size that cannot divide the model, or that nodes cannot divide, and `DeviceError` for one
+    without enough GPUs here."""
     sizes = model_class_and_config(model_dir, architecture(read_config(model_dir)))[1].group_sizes
     valid = ", ".join(map(str, sizes))
     if config.tp_size not in sizes:
         raise SettingError(
             f"--tp-size {config.tp_size}: the heads and the MLP of this model cannot be divided by that; valid sizes: {valid}."
         )
-    if choose_device(config.device).type == "cuda" and (found := torch.cuda.device_count()) < config.tp_size:
-        fitting = ", ".join(str(n) for n in sizes if n <= found)
+    check_nodes(config)
+    needed = config.ranks_per_node
+    if choose_device(config.device).type == "cuda" and (found := torch.cuda.device_count()) < needed:
+        on_each = f" on each of {config.nnodes} nodes" if config.nnodes > 1 else ""
+        fitting = ", ".join(str(n) for n in sizes if n <= found * config.nnodes and n % config.nnodes == 0)
         raise DeviceError(
-            f"--tp-size {config.tp_size} needs {config.tp_size} GPUs, and {found} can be seen (CUDA_VISIBLE_DEVICES); valid "
+            f"--tp-size {config.tp_size} needs {needed} GPUs{on_each}, and {found} can be seen (CUDA_VISIBLE_DEVICES); valid "
             f"sizes with those: {fitting}."
         )
 
@@ -99,7 +104,7 @@ def build_executor(
     dtype = choose_dtype(config.dtype, device)
     if device.type == "cuda":
         if group.size > 1:
-            device = torch.device("cuda", group.rank)
+            device = torch.device("cuda", group.rank % config.ranks_per_node)
             torch.cuda.set_device(device)
         # not the default one, which cannot be captured
         torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -155,16 +160,14 @@ def _build_core(
     on_progress: Callable[[LoadProgress], None],
     group: Group,
     workers: Workers | None,
-    run_dir: Path | None,
 ) -> tuple[EngineCore, MemoryPlan]:
     hf_config = read_config(model_dir)
     on_progress(LoadProgress("weights", 0.0))
     executor = build_executor(
         config, model_dir, group, lambda fraction, detail: on_progress(LoadProgress("weights", fraction, detail))
     )
-    if workers is not None and run_dir is not None:
-        workers.wait_loaded()
-        group.connect(rendezvous(run_dir), executor.device)
+    if workers is not None:
+        workers.connect(executor.device)
     on_progress(LoadProgress("memory"))
     model, device, dtype = executor.model, executor.device, executor.cache.k[0].dtype
     eos = eos_token_ids(model_dir, hf_config)

@@ -101,7 +101,9 @@ def run_engine(config: EngineConfig, model_dir: Path, run_dir: Path, connection:
         connection.send([Fatal(error.exit_code, str(error))])
         return error.exit_code
     connection.send([Ready(plan, time.monotonic() - started), core.snapshot()])
-    _Loop(core, run_dir, connection).run()
+    shutdown = _Loop(core, run_dir, connection).run()
+    if not shutdown.orphaned:
+        core.runner.close()
     return 0
 
 
@@ -126,15 +128,15 @@ class _Loop:
         self._connection = connection
         self._stats_sent = 0.0
 
-    def run(self) -> None:
-        """Serve until `Shutdown`."""
+    def run(self) -> Shutdown:
+        """Serve until there is one."""
         core = self._core
         idles = True
         while True:
             waits = core.stalled or (core.idle and not idles)
             for message in self._connection.receive(None if waits else 0):
                 if isinstance(message, Shutdown):
-                    return
+                    return message
                 self._handle(message)
             if core.idle:
                 core.scheduler.assert_idle()

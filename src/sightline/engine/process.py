@@ -51,7 +51,7 @@ class ZmqConnection:
                 except msgspec.MsgspecError as error:
                     logger.error("a message of %d bytes is none of ours and was dropped: %s", len(data), error)
             elif self.orphaned:
-                return [Shutdown()]
+                return [Shutdown(orphaned=True)]
             elif messages or timeout is not None:
                 return messages
 

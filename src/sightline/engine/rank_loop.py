@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +16,10 @@ import zmq
 from torch import Tensor
 
 from sightline.engine.executor import Executor
-from sightline.engine.factory import build_executor
+from sightline.engine.factory import build_executor, check_group
+from sightline.engine.node_link import Event, Keys, Monitor
 from sightline.engine.rank_messages import (
+    PATIENCE_MS,
     Allocate,
     Capture,
     Encode,
@@ -25,13 +30,14 @@ from sightline.engine.rank_messages import (
     Forward,
     FreeMemory,
     Loaded,
+    Progress,
     TellMemory,
+    TellProgress,
     decode_to_rank,
     encode,
 )
-from sightline.engine.setup import EngineSetup
-from sightline.engine.workers import rendezvous, socket_path
-from sightline.errors import StartupError
+from sightline.engine.setup import EngineSetup, Meeting
+from sightline.errors import StartupError, leaves_device_unusable
 from sightline.models import Encoding
 from sightline.parallel import Group
 from sightline.types import Fatal, ImageRef, Pixels
@@ -39,22 +45,46 @@ from sightline.types import Fatal, ImageRef, Pixels
 logger = logging.getLogger("sightline.engine")
 
 
+_EXIT_LOST = 7
+
+
 def run_rank(run_dir: Path, rank: int) -> int:
     """Load, then serve rank 0 for ever. Returns the exit code of a start that failed, which rank 0 is told of first."""
-    setup = EngineSetup.read(run_dir)
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.connect(socket_path(run_dir, rank))
-    group = Group(rank, setup.config.tp_size)
+    setup, meeting = EngineSetup.read(run_dir), Meeting.read(run_dir)
+    config = setup.config
+    socket = _connect(meeting.orders[rank - 1], config.dist_secret)
+    group = Group(rank, config.tp_size)
     try:
-        executor = build_executor(setup.config, setup.model_dir, group, lambda fraction, detail: None)
+        check_group(config, setup.model_dir)
+        executor = build_executor(config, setup.model_dir, group, lambda fraction, detail: None)
     except StartupError as error:
         socket.send(encode(Fatal(error.exit_code, str(error))))
+        zmq.Context.instance().destroy(linger=1000)
         return error.exit_code
     socket.send(encode(Loaded()))
-    group.connect(rendezvous(run_dir), executor.device)
+    group.connect(meeting.store, executor.device)
     _Loop(executor, socket).run()
     return 0
+
+
+def _connect(address: str, secret: str) -> zmq.Socket[bytes]:
+    """To rank 0, which is on another node where the address is none of this machine's."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    if address.startswith("tcp:"):
+        Keys(secret).connect(socket)
+        monitor = Monitor(socket)
+        threading.Thread(target=_end_with_connection, args=(monitor,), daemon=True).start()
+    socket.connect(address)
+    return socket
+
+
+def _end_with_connection(monitor: Monitor) -> None:
+    while monitor.next() in (None, Event.MADE):
+        pass
+    # the node notices too, says so and ends this process; else it is gone itself
+    time.sleep(1)
+    os._exit(_EXIT_LOST)
 
 
 class _Loop:
@@ -76,7 +106,10 @@ class _Loop:
         match message := decode_to_rank(data):
             case Forward():
                 self._forget(message.forgotten)
-                executor.run(message.plan, None)
+                try:
+                    executor.run(message.plan, None)
+                except Exception as error:
+                    self._compare(error)
             case Encode():
                 self._forget(message.forgotten)
                 self._begin_encoding(message, frames)
@@ -89,12 +122,23 @@ class _Loop:
                 self._socket.send(encode(Encoded(encoding.problem)))
             case EndEncoding():
                 self._end_encoding(message)
+            case TellProgress():
+                self._socket.send(encode(Progress(executor.group.num_collectives)))
             case TellMemory():
                 self._socket.send(encode(FreeMemory(_free_memory(executor.device))))
             case Allocate():
                 executor.allocate(message.num_pages)
             case Capture():
                 executor.capture(message.sizes)
+
+    def _compare(self, error: Exception) -> None:
+        """Go on after a step that failed, when rank 0 asks how far it came here: then it failed there too, and it decides."""
+        if leaves_device_unusable(error) or not self._socket.poll(PATIENCE_MS):
+            raise error
+        data = self._socket.recv()
+        if not isinstance(decode_to_rank(data), TellProgress):
+            raise error
+        self._do(data, [])
 
     def _forget(self, digests: Sequence[bytes]) -> None:
         for digest in digests:

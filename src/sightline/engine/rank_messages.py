@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks of its engine, and what they answer: msgpack over Unix sockets, no pickle.
+"""What rank 0 tells the other ranks of its engine, and what they answer: msgpack over Unix sockets, or TCP to other nodes, no pickle.
 
 A rank does what it is told, in order; that alone keeps the ranks' collectives in step.
 """
@@ -12,6 +12,9 @@ import numpy as np
 
 from sightline.engine.executor import GraphSizes, StepPlan
 from sightline.types import Fatal, ImageRef, View
+
+# How long ranks wait for each other after a step that failed on one of them.
+PATIENCE_MS = 2000
 
 
 class TellMemory(msgspec.Struct, tag=True):
@@ -71,6 +74,10 @@ class Forward(msgspec.Struct, tag=True):
     plan: StepPlan
 
 
+class TellProgress(msgspec.Struct, tag=True):
+    """Rank 0's step failed. Answer with `Progress`, also where the step failed too."""
+
+
 class Loaded(msgspec.Struct, tag=True):
     """The weights are there; from here on the rank takes part in collectives."""
 
@@ -87,8 +94,14 @@ class FreeMemory(msgspec.Struct, tag=True):
     num_bytes: int
 
 
-ToRank = TellMemory | Allocate | Capture | Encode | EncodePart | EncodeRest | EndEncoding | Forward
-FromRank = Loaded | FreeMemory | Encoded | Fatal
+class Progress(msgspec.Struct, tag=True):
+    """How far the rank is, see `Group`."""
+
+    num_collectives: int
+
+
+ToRank = TellMemory | Allocate | Capture | Encode | EncodePart | EncodeRest | EndEncoding | Forward | TellProgress
+FromRank = Loaded | FreeMemory | Encoded | Progress | Fatal
 
 
 def _encode_array(value: Any) -> Any:

@@ -138,7 +138,6 @@ class ModelRunner:
         """End the other ranks, if there are some."""
         if self.workers is not None:
             self.workers.close()
-            self.executor.group.close()
 
     # -- a step's numbers ----------------------------------------------------------------------------------------------
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import zmq
 from torch import Tensor
 
+from sightline.config import EngineConfig
 from sightline.engine.encoder import Encoder
 from sightline.engine.executor import GraphSizes, StepPlan
+from sightline.engine.node_link import End
+from sightline.engine.nodes import Nodes
 from sightline.engine.rank_messages import (
+    PATIENCE_MS,
     Allocate,
     Capture,
     Encode,
@@ -29,12 +34,15 @@ from sightline.engine.rank_messages import (
     FreeMemory,
     FromRank,
     Loaded,
+    Progress,
     TellMemory,
+    TellProgress,
     ToRank,
     decode_from_rank,
     encode,
 )
-from sightline.errors import EngineError, RankError, startup_error
+from sightline.engine.setup import Meeting, start_rank
+from sightline.errors import EngineError, RankError, StartupError, startup_error
 from sightline.models import Encoding
 from sightline.parallel import Group
 from sightline.types import Fatal, ImageRef, Pixels
@@ -50,23 +58,8 @@ _COPY_BELOW = 1 << 16
 EXIT_RANK_DIED = 7
 
 
-def socket_path(run_dir: Path, rank: int) -> str:
-    """Where rank 0 and another meet."""
-    return f"ipc://{run_dir / f'rank-{rank}.sock'}"
-
-
-def rendezvous(run_dir: Path) -> Path:
-    """The file by which the ranks' collectives find each other."""
-    return run_dir / "rendezvous"
-
-
-@contextmanager
-def _collective() -> Iterator[None]:
-    """Where rank 0 fails inside, others wait for it: `RankError`."""
-    try:
-        yield
-    except Exception as error:
-        raise RankError(f"rank 0 failed where others take part: {type(error).__name__}: {error}") from error
+def _out_of_step(error: Exception) -> RankError:
+    return RankError(f"rank 0 failed where others take part: {type(error).__name__}: {error}")
 
 
 def divide(sizes: Sequence[int], count: int) -> list[int]:
@@ -79,35 +72,55 @@ def divide(sizes: Sequence[int], count: int) -> list[int]:
 
 
 class Workers:
-    """Ranks 1 to size - 1, as processes. The directory holds the engine's setup. One thread uses it.
+    """Ranks 1 to size - 1, as processes, some perhaps on other nodes. The directory holds the engine's setup. One thread uses it.
 
     They are told everything and asked hardly anything, so rank 0 never waits for them but inside collectives. When one dies, no
     collective ends any more: rank 0's process ends at once.
     """
 
-    def __init__(self, run_dir: Path, group: Group) -> None:
+    def __init__(self, run_dir: Path, group: Group, config: EngineConfig, model_dir: Path) -> None:
+        """Raises `StartupError` when there are other nodes and this one cannot listen for them."""
         self._context = zmq.Context()
         self._sockets: list[zmq.Socket[bytes]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._group = group
         self._forgotten: list[bytes] = []
         self._num_encodings = 0
+        self._loaded = False
         self._closing = False
-        for rank in range(1, group.size):
-            socket = self._context.socket(zmq.PAIR)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.bind(socket_path(run_dir, rank))
-            self._sockets.append(socket)
-            command = [sys.executable, "-m", "sightline.engine.worker", str(run_dir), str(rank)]
-            # at the end of its input a worker ends, and that comes when this process ends in whatever way
-            self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+        # why a rank elsewhere, or its node, is no more
+        self._lost: StartupError | None = None
+        self._nodes = Nodes(config, model_dir, self._context) if config.nnodes > 1 else None
+        store = (run_dir / "rendezvous").as_uri() if self._nodes is None else self._nodes.store
+        self._meeting = Meeting(store, [self._bind(run_dir, rank, config) for rank in range(1, config.tp_size)])
+        self._meeting.write(run_dir)
+        self._processes = [start_rank(run_dir, rank) for rank in range(1, config.ranks_per_node)]
+        if self._nodes is not None:
+            self._nodes.start(self._meeting, self._on_lost)
 
-    def wait_loaded(self) -> None:
-        """Wait until all have their weights, and watch them from then on. Raises the `StartupError` that one died of."""
+    def _bind(self, run_dir: Path, rank: int, config: EngineConfig) -> str:
+        """Make the socket for a rank's orders; returns its address."""
+        socket = self._context.socket(zmq.PAIR)
+        self._sockets.append(socket)
+        if self._nodes is not None and rank >= config.ranks_per_node:
+            return self._nodes.bind(socket)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        address = f"ipc://{run_dir / f'rank-{rank}.sock'}"
+        socket.bind(address)
+        return address
+
+    def connect(self, device: torch.device) -> None:
+        """Wait until all have their weights, watch them from then on, and meet them. Raises the `StartupError` that one
+        died of."""
         for rank in range(1, len(self._sockets) + 1):
             self._answer(rank, Loaded)
+        self._loaded = True
+        if self._lost is not None:
+            raise self._lost
         for rank, process in enumerate(self._processes, start=1):
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
+        self._group.connect(self._meeting.store, device, None if self._nodes is None else self._nodes.store_listener)
 
     def free_memory(self) -> int:
         """Bytes that are free on the device with the least."""
@@ -153,8 +166,10 @@ class Workers:
         self._tell(EndEncoding(number, exchange=failed is None))
         if failed is not None:
             raise EngineError(failed)
-        with _collective():
+        try:
             return encoder.exchange(images, owners, encoded)
+        except Exception as error:
+            raise _out_of_step(error) from error
 
     def forget(self, digest: bytes) -> None:
         """They drop these features before they do anything else."""
@@ -162,10 +177,26 @@ class Workers:
 
     @contextmanager
     def step(self, plan: StepPlan) -> Iterator[None]:
-        """Let them compute what rank 0 computes inside the block."""
+        """Let them compute what rank 0 computes inside the block. Raises `RankError` when that fails and not all come equally far."""
         self._tell(Forward(self._take_forgotten(), plan))
-        with _collective():
+        try:
             yield
+        except Exception as error:
+            if not self._in_step():
+                raise _out_of_step(error) from error
+            raise
+
+    def _in_step(self) -> bool:
+        """Whether all ranks have begun the same collectives, so that none waits for another."""
+        self._tell(TellProgress())
+        deadline = time.monotonic() + PATIENCE_MS / 1e3
+        for rank, socket in enumerate(self._sockets, start=1):
+            left = max(0, round((deadline - time.monotonic()) * 1000))
+            if not socket.poll(left):
+                return False
+            if self._read(rank, Progress).num_collectives != self._group.num_collectives:
+                return False
+        return True
 
     def _take_forgotten(self) -> list[bytes]:
         forgotten, self._forgotten = self._forgotten, []
@@ -180,29 +211,48 @@ class Workers:
         self._sockets[rank - 1].send_multipart([encode(message), *frames], copy=False, copy_threshold=_COPY_BELOW)
 
     def _answer(self, rank: int, kind: type[Answer]) -> Answer:
-        socket, process = self._sockets[rank - 1], self._processes[rank - 1]
+        socket = self._sockets[rank - 1]
         while True:
-            # once more after it has died, for its last message
-            died = process.poll() is not None
+            # once more after one has died, for last messages
+            died = self._death()
             if socket.poll(_POLL_MS):
-                message = decode_from_rank(socket.recv())
-                if isinstance(message, Fatal):
-                    raise startup_error(message.exit_code, f"rank {rank}: {message.message}")
-                assert isinstance(message, kind), message
-                return message
-            if died:
-                raise startup_error(EXIT_RANK_DIED, f"rank {rank} ended with exit code {process.returncode}")
+                return self._read(rank, kind)
+            if died is not None:
+                for other, each in enumerate(self._sockets, start=1):
+                    if each.poll(0):
+                        self._read(other, Fatal)
+                raise died
+
+    def _read(self, rank: int, kind: type[Answer]) -> Answer:
+        message = decode_from_rank(self._sockets[rank - 1].recv())
+        if isinstance(message, Fatal):
+            raise startup_error(message.exit_code, f"rank {rank}: {message.message}")
+        assert isinstance(message, kind), message
+        return message
+
+    def _death(self) -> StartupError | None:
+        """Why one of them is no more, if one is."""
+        for rank, process in enumerate(self._processes, start=1):
+            if (code := process.poll()) is not None:
+                return StartupError(f"rank {rank} ended with exit code {code}")
+        return self._lost
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
-        if not self._closing:
-            logger.error("rank %d died (exit code %d), and with it this engine", rank, code)
+        self._on_lost(StartupError(f"rank {rank} died (exit code {code})"))
+
+    def _on_lost(self, error: StartupError) -> None:
+        self._lost = error
+        if self._loaded and not self._closing:
+            logger.error("%s, and with it this engine", error)
             os._exit(EXIT_RANK_DIED)
 
-    def close(self) -> None:
-        """End them."""
+    def close(self, exit_code: int = 0, reason: str = "") -> None:
+        """End them. exit_code and reason: for other nodes."""
         self._closing = True
         for process in self._processes:
             process.kill()
             process.wait()
+        if self._nodes is not None:
+            self._nodes.close(End(exit_code, reason))
         self._context.destroy(linger=0)

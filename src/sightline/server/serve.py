@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import uvicorn
 
 from sightline import demo
 from sightline.config import ServerConfig
+from sightline.engine.node import run_node
+from sightline.engine.node_link import check_nodes
+from sightline.engine.setup import EngineSetup
 from sightline.errors import AddressInUseError, StartupError
 from sightline.logging import setup_logging
 from sightline.prompt.processor import Processor
@@ -38,12 +44,34 @@ def serve(config: ServerConfig) -> int:
     if is_demo:
         config = config.model_copy(update={"model": str(demo.model_path())})
     try:
+        check_nodes(config)
+        if config.node_rank:
+            return _host_ranks(config)
         listener = _bind(config.host, config.port)
     except StartupError as error:
         logger.error("%s", error)
         return error.exit_code
     with listener:
         return _run_loop(_Server(config, listener, is_demo))
+
+
+def _host_ranks(config: ServerConfig) -> int:
+    """What a node other than the first does: nothing listens here. The first signal waits for node 0, a second one ends at once."""
+    stop, signals = threading.Event(), itertools.count(1)
+
+    def on_signal(number: int, frame: object) -> None:
+        if next(signals) > 1:
+            stop.set()
+        else:
+            logger.info("asked to end: this node ends with node 0; ask again to end now, and with it the engine")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    setup = EngineSetup(
+        config.engine_config(), Path(config.model), config.log_level, config.log_format, f"node {config.node_rank}"
+    )
+    setup.start_log()
+    return run_node(setup, stop)
 
 
 def _run_loop(server: _Server) -> int:

@@ -389,7 +389,7 @@ def load(url: str, limits: MediaLimits = LIMITS) -> bytes:
     async def run() -> bytes:
         loader = MediaLoader(limits)
         try:
-            return await loader.load(url, "here")
+            return await loader.load(url, bytes, "here")
         finally:
             await loader.close()
 
@@ -721,7 +721,7 @@ def test_nothing_of_one_answer_goes_into_the_next_request(host: Callable[[bytes 
 
     async def twice() -> None:
         loader = MediaLoader(OPEN)
-        assert [await loader.load(url), await loader.load(url)] == [b"abc", b"abc"]
+        assert [await loader.load(url, bytes), await loader.load(url, bytes)] == [b"abc", b"abc"]
         await loader.close()
 
     asyncio.run(twice())

@@ -32,7 +32,7 @@ def refusal(url: str, limits: MediaLimits) -> tuple[ImageError, float]:
     async def run() -> None:
         loader = MediaLoader(limits)
         try:
-            await loader.load(url, "here")
+            await loader.load(url, bytes, "here")
         finally:
             await loader.close()
 
@@ -203,7 +203,7 @@ def test_the_limit_is_bytes(habit: str, count: Count) -> None:
         async def load() -> bytes:
             loader = MediaLoader(OPEN)
             try:
-                return await loader.load(host.url(habit))
+                return await loader.load(host.url(habit), bytes)
             finally:
                 await loader.close()
 
@@ -227,7 +227,7 @@ def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch, c
         async def load() -> bytes:
             loader = MediaLoader(OPEN)
             try:
-                return await loader.load(host.url("picture"))
+                return await loader.load(host.url("picture"), bytes)
             finally:
                 await loader.close()
 
@@ -251,7 +251,7 @@ async def main(fifo):
     for path in paths:
         watch = True
         try:
-            await loader.load(path)
+            await loader.load(path, bytes)
         except ImageError as error:
             answers.add((error.status, error.code))
         watch = False

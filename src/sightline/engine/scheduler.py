@@ -273,15 +273,13 @@ class Scheduler:
 
     def missing_pixels(self, request: Request) -> list[bytes]:
         """Digests whose features the request will need and that nobody can make without pixels."""
-        if not request.images:
+        absent = {i.digest for i in request.images} - self.pixels.keys()
+        absent = {digest for digest in absent if not self.vision_cache.contains(digest)}
+        if not absent:
             return []
         cached = self._num_cached_pages(request) * self.config.page_size if self.radix is not None else 0
-        return [
-            image.digest
-            for group in self._needs(request.images, cached, request.num_tokens)
-            for image in group
-            if image.digest not in self.pixels and not self.vision_cache.contains(image.digest)
-        ]
+        needed = self._needs(request.images, cached, request.num_tokens)
+        return [image.digest for group in needed for image in group if image.digest in absent]
 
     def _num_cached_pages(self, request: Request) -> int:
         assert self.radix is not None

@@ -346,7 +346,7 @@ class PromptPipeline:
 
         async def picture(source: _Source) -> Picture:
             nonlocal loaded
-            data = await self._data(source)
+            data, identity = await self._data(source, caller().salt)
             loaded += len(data) if isinstance(data, bytes) else 0
             if loaded > self.limits.max_request_bytes:
                 raise ImageError(
@@ -355,7 +355,7 @@ class PromptPipeline:
                     param="messages",
                     status=413,
                 )
-            return await self._picture(source, data, caller().salt)
+            return await self._picture(source, data, identity)
 
         tasks = [asyncio.ensure_future(picture(source)) for source in sources]
         try:
@@ -365,15 +365,8 @@ class PromptPipeline:
                 task.cancel()
             raise
 
-    async def _picture(self, source: _Source, data: bytes | Image.Image, salt: bytes) -> Picture:
+    async def _picture(self, source: _Source, data: bytes | Image.Image, identity: bytes) -> Picture:
         assert self.processor is not None
-        # Off the event loop: megabytes to hash, and metadata to read.
-        if isinstance(data, Image.Image):
-            framed = repr((data.mode, data.size)).encode()
-            data = await asyncio.to_thread(decoder.from_pil, data, self.limits, source.param)
-            identity = await asyncio.to_thread(self._digest, source, salt, b"pixels", framed, data)
-        else:
-            identity = await asyncio.to_thread(self._digest, source, salt, b"file", data)
         header = self._headers.get(identity)
         if header is None:
             if isinstance(data, Image.Image):
@@ -407,12 +400,24 @@ class PromptPipeline:
         self.media.counters.probes += 1
         return await asyncio.to_thread(decoder.probe, data, self.limits, param)
 
-    async def _data(self, source: _Source) -> bytes | Image.Image:
+    async def _data(self, source: _Source, salt: bytes) -> tuple[bytes | Image.Image, bytes]:
+        """The picture and its identity. Off the event loop: megabytes to decode and to hash."""
+
+        def identified(data: bytes) -> tuple[bytes, bytes]:
+            return data, self._digest(source, salt, b"file", data)
+
+        def converted(image: Image.Image) -> tuple[Image.Image, bytes]:
+            framed = repr((image.mode, image.size)).encode()
+            image = decoder.from_pil(image, self.limits, source.param)
+            return image, self._digest(source, salt, b"pixels", framed, image)
+
         value = source.value
         if not self._allow_local or (isinstance(value, str) and _is_url(value)):
-            return await self.media.load(value, source.param)
-        if isinstance(value, (Image.Image, bytes)):
-            return value
+            return await self.media.load(value, identified, source.param)
+        if isinstance(value, Image.Image):
+            return await asyncio.to_thread(converted, value)
+        if isinstance(value, bytes):
+            return await asyncio.to_thread(identified, value)
         if not isinstance(value, (str, Path)):
             raise ImageError(
                 f"An image must be a URL, a path, bytes or a PIL image, not {type(value).__name__}.",
@@ -420,7 +425,7 @@ class PromptPipeline:
                 param=source.param,
             )
         try:
-            return await asyncio.to_thread(Path(value).read_bytes)
+            return await asyncio.to_thread(lambda: identified(Path(value).read_bytes()))
         except (OSError, ValueError) as error:
             raise ImageError(
                 f"The image file cannot be read: {error}", code="invalid_image_url", param=source.param

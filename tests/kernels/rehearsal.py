@@ -86,7 +86,7 @@ def start(executor: Executor, pictures: list[Any]) -> Iterator[None]:
         max_pages=MAX_PAGES, num_heads=executor.model.config.num_attention_heads, device=executor.device,
     )  # fmt: skip
     with torch.inference_mode():
-        for key in graphs.planned_keys():
+        for key in graphs.planned:
             graphs._compute(*key)
             yield
     first = blank_request(runner, 15)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sightline.engine.encode_queue import Encoded, EncodeQueue
+from sightline.engine.encode_queue import LARGE, Encoded, EncodeQueue
 from sightline.models import Encoding
 from sightline.types import ImageRef
 
@@ -109,3 +109,15 @@ def test_what_failed_is_tried_again_in_the_same_step_however_small_a_slice_is():
     done = waiting.advance((), True)
     assert [str(result.error) for result in done] == ["no picture"]
     assert runner.begun == [[A], [A]]
+
+
+def test_a_picture_of_many_features_is_large_while_it_is_next():
+    big = ImageRef(b"d" * 32, 0, LARGE + 1, (1, 1, 1))
+    waiting = queue(Counting(slice=3.0), A, big, B)
+    sizes = []
+    while waiting:
+        sizes.append(waiting.large)
+        waiting.advance((), True)
+    # three parts of A; its last and two of the large one, whose last two share a slice with the first of B; B and its end
+    assert sizes == [False, False, True, False, False]
+    assert not waiting.large

@@ -160,7 +160,7 @@ def lose_pixels(patch: pytest.MonkeyPatch) -> None:
 
 
 def start_before_the_pictures_are_encoded(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(EncodeQueue, "advance", lambda self, needed, beside: ADVANCE(self, (), beside))
+    patch.setattr(EncodeQueue, "advance", lambda self, needed, slice: ADVANCE(self, (), slice))
 
 
 def encode_for_nobody(patch: pytest.MonkeyPatch) -> None:

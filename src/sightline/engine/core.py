@@ -109,6 +109,7 @@ class EngineCore:
         self.stats = EngineStats(pages_total=scheduler.pool.num_total)
         self.stalled = False
         self._pictures = EncodeQueue(runner, scheduler.wants)
+        self._encoders_turn = False
         self._requests: dict[tuple[str, int], Request] = {}
         self._compiling: list[Request] = []
         self._flight: _Flight | None = None
@@ -204,7 +205,7 @@ class EngineCore:
         Returns tokens, and what the engine needs to go on; empty when nothing could run.
         """
         events: list[TokenEvent | NeedPixels] = [*self._start_matchers()]
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(prompts_wait=self._pictures.large and self._encoders_turn)
         events += [
             NeedPixels(request.request_id, digests)
             for request, digests in self._drain_pixel_requests()
@@ -293,7 +294,9 @@ class EngineCore:
             return []
         began = self._clock()
         events = []
-        for done in self._pictures.advance(batch.needed, batch.num_decode > 0):
+        self._encoders_turn = batch.num_new_tokens > 0
+        slice = batch.num_decode > 0 and not (self._pictures.large and self._encoders_turn)
+        for done in self._pictures.advance(batch.needed, slice):
             if done.features is not None:
                 self.scheduler.vision_cache.fill(done.image.digest, done.features)
                 for times in self._times_of([done.image.digest]):

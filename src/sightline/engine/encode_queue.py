@@ -15,6 +15,9 @@ logger = logging.getLogger("sightline.engine")
 
 # Between two steps that decode: less than such a step takes while prompts come in.
 SLICE_SECONDS = 0.015
+# Features of pictures that take many slices: one of 1500 x 1500 pixels has 2809. While one is encoded, slices and prompts take turns
+# in the steps that decode, so that none is as long as both.
+LARGE = 2048
 
 
 class Encoded(NamedTuple):
@@ -44,9 +47,11 @@ class _Job:
     again: bool = False
     work: Any = None
     digests: set[bytes] = field(init=False)
+    large: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.digests = {image.digest for image in self.images}
+        self.large = sum(image.num_tokens for image in self.images) > LARGE
 
 
 class EncodeQueue:
@@ -67,8 +72,17 @@ class EncodeQueue:
         """Pictures to be encoded together."""
         self._jobs.append(_Job(list(images), list(pixels)))
 
-    def advance(self, needed: Collection[bytes], beside_decoding: bool) -> list[Encoded]:
-        """Encode all of `needed`, and beside decoding one slice of the others. Returns what is finished.
+    @property
+    def large(self) -> bool:
+        """Whether what is encoded next is."""
+        return bool(self._jobs) and (self._begun or self._jobs[0]).large
+
+    @property
+    def _begun(self) -> _Job | None:
+        return next((job for job in self._jobs if job.work is not None), None)
+
+    def advance(self, needed: Collection[bytes], slice: bool) -> list[Encoded]:
+        """Encode all of `needed`, and with `slice`, which is for steps that decode, as much of the others. Returns what is finished.
 
         A job that fails is tried again at once, picture by picture.
         """
@@ -80,10 +94,9 @@ class EncodeQueue:
             sought = next((job for job in self._jobs if job.again or job.digests & missing), None)
             # the next part is most often as large as the last
             full = limit is not None and spent > 0 and spent + last > limit
-            if sought is None and (full or not beside_decoding):
+            if sought is None and (full or not slice):
                 break
-            begun = next((job for job in self._jobs if job.work is not None), None)
-            last, results = self._part(begun or sought or self._jobs[0])
+            last, results = self._part(self._begun or sought or self._jobs[0])
             spent += last
             done += results
             missing -= {result.image.digest for result in results}

@@ -182,8 +182,11 @@ class Scheduler:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Batch | None:
-        """The next step, or None when nothing can run. Pages for every row of it are allocated."""
+    def schedule(self, prompts_wait: bool = False) -> Batch | None:
+        """The next step, or None when nothing can run. Pages for every row of it are allocated.
+
+        prompts_wait: if anybody decodes, nobody does anything else.
+        """
         batch = Batch()
         budget = self.config.max_step_tokens
         prefills = {r for r in self.running if r.in_prefill or self._lacks_features(r)}
@@ -195,6 +198,8 @@ class Scheduler:
                 batch.rows.append(ScheduledRow(request, request.num_computed, 1, True))
                 budget -= 1
         batch.num_decode = len(batch.rows)
+        if batch.rows and prompts_wait:
+            return batch
         if batch.rows and self.config.max_mixed_tokens is not None:
             budget = min(budget, max(self.config.max_mixed_tokens - batch.num_decode, 0))
         for request in self.running:

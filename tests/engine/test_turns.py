@@ -1,0 +1,106 @@
+"""Slices of a large picture and prompts take turns in the steps that decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from sightline.cache.page_pool import PagePool
+from sightline.cache.vision_cache import VisionCache
+from sightline.engine.core import EngineCore, Sampled
+from sightline.engine.encode_queue import LARGE
+from sightline.engine.scheduler import ScheduledRow, Scheduler, SchedulerConfig
+from sightline.models import Encoding
+from sightline.types import EngineRequest, ImageRef, SamplingParams, ids_to_bytes
+
+PARTS, SLICE = 12, 3.0
+
+
+class Step(NamedTuple):
+    """What a step computed, and parts of pictures encoded before it and behind the step before."""
+
+    num_decode: int
+    num_prompt_tokens: int
+    parts: int
+
+
+class Recorder:
+    """A `Runner` that notes its steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.parts = 0
+
+    def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> None:
+        return None
+
+    def encoding(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> Encoding[list[str]]:
+        for _ in range(PARTS):
+            self.parts += 1
+            yield 1.0
+        return ["features"] * len(images)
+
+    def slice_flops(self) -> float:
+        return SLICE
+
+    def forward(self, rows: Sequence[ScheduledRow], num_decode: int) -> int:
+        self.steps.append(Step(num_decode, sum(row.q_len for row in rows[num_decode:]), self.parts))
+        self.parts = 0
+        return sum(row.sample for row in rows)
+
+    def sample(self, step: int) -> None:
+        pass
+
+    def collect(self, step: int) -> list[Sampled]:
+        return [Sampled(1)] * step
+
+
+def steps_while_encoding(num_features: int) -> list[Step]:
+    """One request decodes, a picture of so many features arrives, and prompts of text all the time."""
+    runner = Recorder()
+    config = SchedulerConfig(
+        page_size=16,
+        max_step_tokens=4096,
+        max_mixed_tokens=64,
+        max_running=256,
+        max_encode_tokens=1024,
+        image_token_bytes=1,
+    )
+    scheduler = Scheduler(config, PagePool(4001), None, VisionCache(1 << 20), encode_beside=True)
+    core = EngineCore(scheduler, runner, eos_token_ids=[], context_length=8192)  # type: ignore[arg-type]
+
+    def add(name: str, length: int, images: tuple[ImageRef, ...] = ()) -> None:
+        ids = ids_to_bytes(np.zeros(length, np.int32))
+        sampling = SamplingParams(max_tokens=100, ignore_eos=True)
+        core.add(EngineRequest(request_id=name, input_ids=ids, sampling=sampling, images=images))
+
+    picture = ImageRef(b"p" * 32, 1, num_features, (1, 1, num_features))
+    add("decodes", 8)
+    core.step()
+    add("with a picture", num_features + 2, (picture,))
+    core.put_pixels(picture.digest, "pixels")
+    for number in range(40):
+        add(f"text {number}", 50)
+    first = len(runner.steps)
+    while not scheduler.vision_cache.is_filled(picture.digest):
+        core.step()
+    return runner.steps[first:]
+
+
+@pytest.mark.parametrize("num_features", [LARGE, LARGE + 1])
+def test_prompts_and_slices_share_steps_unless_the_picture_is_large(num_features: int):
+    steps = steps_while_encoding(num_features)
+    assert sum(step.parts for step in steps) == PARTS
+    assert all(step.num_decode for step in steps), "decoding never stops"
+    both = [step for step in steps if step.parts and step.num_prompt_tokens]
+    # the step in which the picture is first seen knows of no slice yet
+    slices = [bool(step.parts) for step in steps[1:]]
+    if num_features > LARGE:
+        assert not both
+        # ended by a slice without a part
+        assert slices == [True, False] * (PARTS // int(SLICE)) + [False], "they take turns"
+    else:
+        assert len(both) >= PARTS // SLICE - 1

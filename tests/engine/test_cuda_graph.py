@@ -20,7 +20,9 @@ PAGE = 16
 class Backend:
     """One tile for every four tokens."""
 
-    def plan_tiles(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_heads: int, cache: KVCache) -> np.ndarray:
+    def plan_tiles(
+        self, q_lens: Sequence[int], kv_lens: Sequence[int], num_rows: int, num_heads: int, cache: KVCache
+    ) -> np.ndarray:
         tiles = [(i, first) for i, n in enumerate(q_lens) for first in range(0, n, 4)]
         return np.asarray(tiles, dtype=np.int32).reshape(-1, 2)
 
@@ -172,7 +174,7 @@ def test_the_layout_of_a_mixed_step(graphs: StepGraphs) -> None:
     inputs = graphs._inputs
     parts = inputs._split(np.full(inputs._ends[-1], -7, dtype=np.int32))
     graphs._fill(parts, step)
-    graphs._fill_prompts(parts, step, 16)
+    graphs._fill_prompts(parts, step, 16, 32)
     assert not any((part == -7).any() for part in parts.values()), "something was left as it was"
     assert parts["ids"][:11].tolist() == [*range(10), 0]
     assert parts["places"][:3].tolist() == [0, -1, -1]

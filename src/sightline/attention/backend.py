@@ -105,9 +105,11 @@ class AttentionBackend(abc.ABC):
         overwritten; cos, sin: as in `layers.rotary.Rotary`. Returns [T, num_heads, head_dim]."""
         raise NotImplementedError
 
-    def plan_tiles(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_heads: int, cache: KVCache) -> np.ndarray:
-        """int32 [N, 2], the work of a graph's prompts of these lengths, as `AttentionBatch.tiles` wants it; for a capturable
-        backend. N depends on q_lens alone."""
+    def plan_tiles(
+        self, q_lens: Sequence[int], kv_lens: Sequence[int], num_rows: int, num_heads: int, cache: KVCache
+    ) -> np.ndarray:
+        """int32 [N, 2], the work of the prompts of these lengths in a graph of num_rows rows, as `AttentionBatch.tiles` wants it;
+        for a capturable backend. N depends on q_lens and num_rows alone."""
         raise NotImplementedError
 
     def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch) -> Tensor:

@@ -26,6 +26,7 @@ class TritonBackend(AttentionBackend):
 
     def __init__(self) -> None:
         self._tiles: tuple[Tensor, Tile] | None = None
+        self._beside: torch.cuda.Stream | None = None
 
     def prepare(self, batch: AttentionBatch) -> None:
         """The tiles of the step's chunks need head counts: the first layer makes them, unless the batch brings some."""
@@ -57,20 +58,36 @@ class TritonBackend(AttentionBackend):
             return decode_attention(q, keys, values, batch.page_table, batch.kv_lens)
         tiles, tile = self._tiles = self._tiles or self._plan(q, keys.shape[2], batch)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if decode:
-            decode_attention(q[:decode], keys, values, batch.page_table, batch.kv_lens, out=out[:decode])
         cu_seqlens_q, kv_lens, page_table = batch.cu_seqlens_q, batch.kv_lens, batch.page_table
-        return prefill_attention(q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out)
+        branch = self._branch() if decode and q.is_cuda and torch.cuda.is_current_stream_capturing() else None
+        prefill_attention(q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out)
+        if decode:
+            with torch.cuda.stream(branch):
+                decode_attention(q[:decode], keys, values, page_table, kv_lens, out=out[:decode])
+        if branch is not None:
+            torch.cuda.current_stream().wait_stream(branch)
+        return out
 
-    def plan_tiles(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_heads: int, cache: KVCache) -> np.ndarray:
+    def _branch(self) -> torch.cuda.Stream:
+        """A stream that begins here, for decode rows beside the prompts in a graph, where it costs no launches: they fill the
+        multiprocessors that the last tiles leave. On an H100 116 us instead of 128 for 64 rows of 1500 keys and 704 of a prompt of
+        1453."""
+        self._beside = self._beside or torch.cuda.Stream()
+        self._beside.wait_stream(torch.cuda.current_stream())
+        return self._beside
+
+    def plan_tiles(
+        self, q_lens: Sequence[int], kv_lens: Sequence[int], num_rows: int, num_heads: int, cache: KVCache
+    ) -> np.ndarray:
         """See `AttentionBackend.plan_tiles`."""
         k = cache.k[0]
-        return prefill_tiles(q_lens, kv_lens, group=num_heads // k.shape[2], tile=prefill_tile(k.dtype, 0))
+        tile = prefill_tile(k.dtype, num_rows * num_heads)
+        return prefill_tiles(q_lens, kv_lens, group=num_heads // k.shape[2], tile=tile)
 
     def _plan(self, q: Tensor, num_kv_heads: int, batch: AttentionBatch) -> tuple[Tensor, Tile]:
         """Decode rows get no tiles."""
         if batch.tiles is not None:
-            return batch.tiles, prefill_tile(q.dtype, 0)
+            return batch.tiles, prefill_tile(q.dtype, q.shape[0] * q.shape[1])
         num_heads = q.shape[1]
         q_lens = [0] * batch.num_decode + batch.q_lens_cpu[batch.num_decode :]
         tile = prefill_tile(q.dtype, sum(q_lens) * num_heads)

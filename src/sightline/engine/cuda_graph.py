@@ -113,7 +113,10 @@ class StepGraphs:
         self.token_sizes = [n for n in _TOKENS if n < max_mixed] + [max_mixed]
         self.sampled_sizes = [n for n in _SAMPLED if n < max_running] + [max_running]
         sequences = max_running + _MAX_PROMPTS + 1
-        self._num_tiles = {n: self._tiles_of([n // _MAX_PROMPTS] * _MAX_PROMPTS + [n]) for n in self.token_sizes}
+        self._num_tiles = {
+            n: len(self._plan_tiles(lens := [n // _MAX_PROMPTS] * _MAX_PROMPTS + [n], lens, n))
+            for n in self.token_sizes
+        }
         most = max(max_batch, max_running, self.token_sizes[-1])
         self._inputs = _Inputs(most, sequences, max(self._num_tiles.values()), device)
         self._newest = torch.zeros(max_running, dtype=torch.int64, device=device)
@@ -126,8 +129,8 @@ class StepGraphs:
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def _tiles_of(self, q_lens: Sequence[int]) -> int:
-        return len(self._backend.plan_tiles(q_lens, q_lens, self._num_heads, self._cache))
+    def _plan_tiles(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_rows: int) -> np.ndarray:
+        return self._backend.plan_tiles(q_lens, kv_lens, num_rows, self._num_heads, self._cache)
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
@@ -230,7 +233,7 @@ class StepGraphs:
         memory, parts = self._inputs.host()
         self._fill(parts, step)
         if sampled:
-            self._fill_prompts(parts, step, first_prompt)
+            self._fill_prompts(parts, step, first_prompt, tokens)
         self._inputs.upload(memory)
         self._upload_pages(step, first_prompt)
         if newest is not None:
@@ -267,8 +270,8 @@ class StepGraphs:
         parts["kv_lens"][:num_decode] = step.kv_lens[:num_decode]
         parts["sampled"][: len(step.sampled)] = step.sampled
 
-    def _fill_prompts(self, parts: dict[str, np.ndarray], step: HostStep, first_prompt: int) -> None:
-        """Prompts stand behind the places of `first_prompt` decode rows."""
+    def _fill_prompts(self, parts: dict[str, np.ndarray], step: HostStep, first_prompt: int, tokens: int) -> None:
+        """Prompts stand behind the places of `first_prompt` decode rows, in a graph of `tokens` rows."""
         num_decode = step.num_decode
         q_lens, kv_lens = step.q_lens[num_decode:], step.kv_lens[num_decode:]
         end = first_prompt + len(q_lens)
@@ -276,7 +279,7 @@ class StepGraphs:
         offsets = num_decode + np.cumsum([0, *q_lens])
         parts["cu_seqlens"][first_prompt : end + 1] = offsets
         parts["cu_seqlens"][end + 1 :] = offsets[-1]
-        tiles = self._backend.plan_tiles(q_lens, kv_lens, self._num_heads, self._cache)
+        tiles = self._plan_tiles(q_lens, kv_lens, tokens)
         tiles[:, 0] += first_prompt
         parts["tiles"][: tiles.size] = tiles.reshape(-1)
         # padding: the sequence behind the prompts, of this graph's own size

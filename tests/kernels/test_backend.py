@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="no triton on this machine")
 from sightline.attention.backend import AttentionBatch, KVCache
 from sightline.attention.torch_sdpa import TorchSDPABackend
 from sightline.attention.triton import TritonBackend
+from sightline.kernels import prefill_attention
 from sightline.layers.rotary import RotaryEmbedding, apply_rotary
 from tests.models.harness import PAGE_SIZE, make_batch
 
@@ -95,6 +97,32 @@ def test_rotation_and_write_in_one_launch(device: torch.device) -> None:
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(caches[1].k[1], caches[0].k[1], equal_nan=True)
     assert torch.equal(caches[1].v[1].nan_to_num(), caches[0].v[1].nan_to_num())
+
+
+@pytest.mark.parametrize(("many", "num_tiles"), [(1, 2), (10**6, 4)])
+def test_tiles_of_a_graph_are_those_of_its_size(
+    many: int, num_tiles: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode row and prompts of 70 and 45 tokens in a graph of 120 rows, with large tiles and with small ones."""
+    monkeypatch.setattr(prefill_attention, "_MANY_ROWS", many)
+    q_lens, kv_lens, num_rows = [1, 70, 45], [9, 70, 60], 120
+    real = make_batch(q_lens, kv_lens, pages_for(kv_lens, np.random.default_rng(0)), str(device))
+    cache = new_cache(device, torch.bfloat16)
+    for tensor in (*cache.k, *cache.v):
+        tensor.copy_(torch.randn(tensor.shape))
+    backend, reference = TritonBackend(), TorchSDPABackend()
+    tiles = backend.plan_tiles([0, *q_lens[1:]], kv_lens, num_rows, HEADS, cache)
+    # of 256 // 3 or 128 // 3 tokens
+    assert len(tiles) == num_tiles
+    slots = torch.full((num_rows,), -1, device=device)
+    slots[: sum(q_lens)] = real.slot_mapping
+    graph = replace(real, slot_mapping=slots, tiles=torch.from_numpy(tiles).to(device))
+    q, k, v = random_qkv(num_rows, device, torch.bfloat16)
+    backend.prepare(graph)
+    out = backend.forward(q, k, v, 0, cache, graph)[: sum(q_lens)]
+    reference.prepare(real)
+    expected = reference.forward(*(x[: sum(q_lens)] for x in (q, k, v)), 0, cache, real)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
 
 
 def test_padding_rows_of_a_graph_change_nothing(device: torch.device) -> None:

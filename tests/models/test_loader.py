@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sightline.errors import CheckpointError, ModelNotFoundError
+from sightline.models import loader
 from sightline.models.loader import architecture, read_config
 from tests import tiny
 from tests.models.harness import load
@@ -59,6 +62,32 @@ def test_every_parameter_is_filled(folder: Path) -> None:
         assert (parameter == expected).all(), name
         assert not parameter.requires_grad
     assert not model.training
+
+
+def test_readers_side_by_side_fill_what_one_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, from several files."""
+    model_dir = tiny.qwen2_vl(shards=3)
+    expected = load(model_dir).state_dict()
+    monkeypatch.setattr(loader, "_num_readers", lambda slots: 4)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = load(model_dir).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_first_reader_that_fails_stops_the_others() -> None:
+    begun = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number == 0:
+            raise ValueError("no tensor")
+        time.sleep(0.02)
+        return 1
+
+    with pytest.raises(ValueError, match="no tensor"):
+        list(loader._side_by_side([partial(work, number) for number in range(50)], 2))
+    assert len(begun) < 10
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -7,7 +7,9 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ Progress = Callable[[float, str], None]
 
 _INDEX = "model.safetensors.index.json"
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+# Threads that read weights for a GPU: pages of the file, pinned memory and the way to the device are waited for side by side.
+_READERS = 8
+# Bytes of pinned memory that each of them fills at once.
+_STAGE = 32 << 20
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
@@ -165,6 +171,9 @@ def _fill(model: nn.Module, model_dir: Path, on_progress: Progress, companion: s
     """
     slots = collect_slots(model)
     filled: set[str] = set()
+    if _num_readers(slots) > 1:
+        # the readers' copies are on no stream of ours, and what the parameters were born with must not come later
+        torch.cuda.synchronize()
     leftover = _copy_files(weight_files(model_dir), slots, filled, model.map_name, on_progress)  # type: ignore[arg-type]
     missing = [name for name in slots if name not in filled]
     if missing and companion is not None:
@@ -197,6 +206,7 @@ def _copy_files(
     for path in files:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
+                copies = []
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
                     ours = map_name(name)
                     if ours is None:
@@ -204,8 +214,10 @@ def _copy_files(
                     if ours not in slots or ours in filled:
                         leftover.append(name)
                         continue
-                    done += _copy(slots[ours], file, name)
+                    copies.append(partial(_copy, slots[ours], file, name))
                     filled.add(ours)
+                for num_bytes in _side_by_side(copies, _num_readers(slots)):
+                    done += num_bytes
                     if (done - reported) * 100 >= total:
                         reported = done
                         on_progress(min(done / total, 1.0), progress_detail(done, total))
@@ -213,6 +225,26 @@ def _copy_files(
             raise CheckpointError(f"{path.name} is no whole safetensors file: {error}") from error
     on_progress(1.0, progress_detail(total, total))
     return leftover
+
+
+def _num_readers(slots: Mapping[str, Slot]) -> int:
+    return _READERS if any(slot.target.is_cuda for slot in slots.values()) else 1
+
+
+def _side_by_side(work: Sequence[Callable[[], int]], num_threads: int) -> Iterator[int]:
+    """What each returns, as they end. When one raises, those that have not begun do not begin."""
+    if num_threads == 1:
+        for one in work:
+            yield one()
+        return
+    with ThreadPoolExecutor(num_threads, "weights") as readers:
+        futures = [readers.submit(one) for one in work]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def _copy(slot: Slot, file: Any, name: str) -> int:
@@ -229,7 +261,12 @@ def _copy(slot: Slot, file: Any, name: str) -> int:
     if target.ndim == 2 and target.stride(0) == 1 and target.device.type == "cpu":
         # torch transposes fast only between whole matrices of one type: five times faster than one strided copy
         target, value = target.t(), value.to(target.dtype).t().contiguous()
-    target.copy_(value, non_blocking=True)
+    if target.is_cuda and value.nbytes > _STAGE:
+        num_rows = max(1, _STAGE // value[0].nbytes)
+        for part, rows in zip(target.split(num_rows), value.split(num_rows), strict=True):
+            part.copy_(rows.pin_memory())
+    else:
+        target.copy_(value)
     return math.prod(shape) * tensor.element_size()
 
 

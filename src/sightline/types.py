@@ -149,7 +149,7 @@ class Pixels(NamedTuple):
 
 
 class PixelBuffer(msgspec.Struct, frozen=True):
-    """`Pixels` of one picture, in a file of the run directory that the receiver unlinks when it opens it."""
+    """`Pixels` of one picture, in a file of the run directory, see `sightline.engine.loop.PixelFiles`."""
 
     digest: bytes
     shape: tuple[int, ...]

@@ -8,7 +8,6 @@ their pixels in the rare case that it has dropped them.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sightline.config import EngineConfig
-from sightline.engine.loop import write_pixels
+from sightline.engine.loop import PixelFiles
 from sightline.engine.output import OutputDelta, RequestDecoder, joined
 from sightline.engine.setup import EngineSetup
 from sightline.engine.transport import ProcessTransport, ThreadTransport, Transport
@@ -88,7 +87,7 @@ class AsyncEngine:
             else ProcessTransport(EngineSetup(config, model_dir, log_level, log_format, name), self._run_dir, env or {})
         )
         self._device_renders = False
-        self._serial = itertools.count()
+        self._pixel_files = PixelFiles(self._run_dir)
         self._supplying = 0
         self._flights: dict[str, Answer] = {}
         self._known: OrderedDict[bytes, None] = OrderedDict()
@@ -244,7 +243,7 @@ class AsyncEngine:
 
     def _write(self, pixels: dict[bytes, Pixels]) -> tuple[PixelBuffer, ...]:
         """One copy into shared memory, right before the message that names it, so that no cancelled request leaks one."""
-        return tuple(write_pixels(self._run_dir, digest, p, next(self._serial)) for digest, p in pixels.items())
+        return tuple(self._pixel_files.write(digest, p) for digest, p in pixels.items())
 
     def _remember(self, digest: bytes) -> None:
         self._known[digest] = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +39,11 @@ logger = logging.getLogger("sightline.engine")
 
 STATS_INTERVAL = 0.25
 
+# Pixel files that are used again, up to this size: 16 MiB of shared memory in all.
+_SLOT, _NUM_SLOTS, _SLOT_BYTES = "slot-", 4, 4 << 20
+# What the receiver appends to a slot's name when it has read it.
+_READ = ".read"
+
 NewPixels = Callable[[tuple[int, ...], Any], np.ndarray]
 
 
@@ -48,32 +55,59 @@ class Connection(Protocol):
     def send(self, messages: Sequence[FromEngine]) -> None: ...
 
 
-def write_pixels(run_dir: Path, digest: bytes, pixels: Pixels, serial: int) -> PixelBuffer:
-    """Put pixels into a file that `read_pixels` opens and unlinks. The name owes nothing to a client."""
-    name = f"pixels-{os.getpid()}-{serial}"
-    fd = os.open(run_dir / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        # one copy by the kernel: a mapping would fault on every page
+class PixelFiles:
+    """Files of the run directory, in shared memory, that hand pixels to `read_pixels`. Names owe nothing to a client.
+
+    The receiver unlinks them. A few small ones it renames instead, and they are written again: new memory takes four times as
+    long as what is copied into it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._serial = itertools.count()
+        self._slots: set[str] = set()
+
+    def write(self, digest: bytes, pixels: Pixels) -> PixelBuffer:
+        """Once for each picture, right before the message with the result."""
         data = np.ascontiguousarray(pixels.array).data.cast("B")
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
-    return PixelBuffer(digest=digest, shape=pixels.array.shape, name=name, views=pixels.views)
+        slot = self._free_slot() if data.nbytes <= _SLOT_BYTES else None
+        name = slot or f"pixels-{os.getpid()}-{next(self._serial)}"
+        fd = os.open(self._run_dir / name, os.O_RDWR | os.O_CREAT | (0 if slot else os.O_EXCL), 0o600)
+        try:
+            # one copy by the kernel: a mapping would fault on every page
+            while data:
+                data = data[os.write(fd, data) :]
+        finally:
+            os.close(fd)
+        return PixelBuffer(digest=digest, shape=pixels.array.shape, name=name, views=pixels.views)
+
+    def _free_slot(self) -> str | None:
+        for name in (f"{_SLOT}{i}" for i in range(_NUM_SLOTS)):
+            if name not in self._slots:
+                self._slots.add(name)
+                return name
+            with suppress(FileNotFoundError):
+                (self._run_dir / f"{name}{_READ}").rename(self._run_dir / name)
+                return name
+        return None
 
 
 def read_pixels(run_dir: Path, buffer: PixelBuffer, new: NewPixels = np.zeros) -> Pixels:
-    """Read the pixels into new memory and unlink the file. EOFError when the file is too short."""
+    """Read the pixels into new memory and give the file back, or unlink it. EOFError when the file is too short."""
     path = run_dir / buffer.name
     array = new(buffer.shape, np.uint8)
     data = array.data.cast("B")
+    is_slot = buffer.name.startswith(_SLOT)
     with path.open("rb", buffering=0) as file:
-        path.unlink()
+        if not is_slot:
+            path.unlink()
         while data:
             count = file.readinto(data)
             if not count:
                 raise EOFError(f"{buffer.name} ends {len(data)} bytes early")
             data = data[count:]
+    if is_slot:
+        path.rename(run_dir / f"{buffer.name}{_READ}")
     return Pixels(array, buffer.views)
 
 

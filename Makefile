@@ -23,6 +23,7 @@ RUNTIME := $(VENV)/.ready
 BROWSER := $(VENV)/.ready-browser
 TOOLS   := $(VENV)/.ready-tools
 CLUSTER := $(VENV)/.ready-cluster
+OPERATIONS := $(VENV)/.ready-operations
 CLIENTS := $(patsubst requirements/clients-%.txt,.venv-clients/%/.ready,$(wildcard requirements/clients-*.txt))
 NODE    := tests/clients/real/node/node_modules/.ready
 PIP     := $(BIN)/pip --disable-pip-version-check install --quiet
@@ -49,7 +50,7 @@ test-browser: $(BROWSER) ## drive the playground in headless Chromium (installs 
 test-gpu: $(TOOLS) ## run the tests that need a CUDA device (skipped, with the reason, without one)
 	@$(BIN)/python -m pytest -q tests/gpu tests/kernels $(ARGS)
 
-test-operations: $(TOOLS) ## scrape a server with a real Prometheus, try dashboard, alerts and deploy/ (installs it where it can)
+test-operations: $(OPERATIONS) ## scrape a server with a real Prometheus, try dashboard, alerts and deploy/ (installs it where it can)
 	@scripts/install_system.sh test-operations prometheus prometheus
 	@$(BIN)/python -m pytest -q -n 0 tests/operations $(ARGS)
 
@@ -122,6 +123,11 @@ $(TOOLS): $(RUNTIME)
 $(BROWSER): $(TOOLS)
 	@scripts/install_system.sh test-browser "chromium fonts-dejavu-core" chromium chromium-browser google-chrome
 	@$(PIP) --constraint requirements/tested.txt --editable '.[browser]'
+	@touch $@
+
+$(OPERATIONS): $(TOOLS)
+	@echo "Installing Kubernetes' schemas ..."
+	@$(PIP) --constraint requirements/tested.txt --editable '.[operations]'
 	@touch $@
 
 $(CLUSTER): $(TOOLS)

@@ -1,9 +1,14 @@
-"""A Ray cluster of this machine alone, with logical CPUs enough for two replicas, and one application at a time on it."""
+"""A Ray cluster of this machine alone, with logical CPUs enough for two replicas, and one application at a time on it.
+
+Each of its nodes has one `slot`, so that what wants two has two nodes: the head, and what `second_node` adds.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,20 +27,55 @@ Deploy = Callable[..., str]
 _MARK = "TEST_CLUSTER"
 
 
+_STORE = 80 << 20
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     from ray import serve
-    from ray.serve.config import HTTPOptions
+    from ray.serve.config import HTTPOptions, ProxyLocation
 
     port = free_port()
     os.environ[_MARK] = str(os.getpid())
-    ray.init(num_cpus=4, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        "local",
+        num_cpus=4,
+        resources={"slot": 1},
+        object_store_memory=_STORE,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     try:
-        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host="127.0.0.1", port=port))
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+@pytest.fixture
+def second_node(cluster: str) -> Iterator[None]:
+    (head,) = living_nodes()
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "2"]
+    command += ["--address", ray.get_runtime_context().gcs_address, "--node-ip-address", head["NodeManagerAddress"]]
+    command += ["--resources", '{"slot": 1}', "--object-store-memory", str(_STORE)]
+    node = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _wait_until(lambda: len(living_nodes()) == 2)
+    yield
+    node.terminate()
+    node.wait(30)
+    _wait_until(lambda: len(living_nodes()) == 1)
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _wait_until(done: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -60,8 +100,7 @@ def deploy(cluster: str) -> Iterator[Deploy]:
     for name in names:
         serve.delete(name)
     deadline = time.monotonic() + 20
-    while replicas() or engines():
-        left = [process.cmdline() for process in replicas() + engines()]
+    while left := [process.cmdline() for process in replicas() + engines() + workers()]:
         assert time.monotonic() < deadline, f"processes were left behind: {left}"
         time.sleep(0.2)
 

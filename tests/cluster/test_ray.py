@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import requests
 import yaml
@@ -17,6 +18,7 @@ import yaml
 from sightline.bench.serving import repeats
 from tests.cluster.conftest import Deploy, engines, fixed, replicas, workers
 from tests.server.conftest import ask, image_part
+from tests.servers import ServerProcess
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -83,37 +85,122 @@ def test_a_replica_has_a_gpu_for_each_rank() -> None:
     assert resources(tp_size=4)["placement_group_bundles"] == [{"CPU": 1, "GPU": 4}]
     given = resources(ray_actor_options={"num_cpus": 4, "num_gpus": 1, "accelerator_type": "H200"})
     assert given["placement_group_bundles"] == [{"CPU": 4, "GPU": 1, "accelerator_type:H200": 0.001}]
-    with pytest.raises(SettingError, match="num_gpus is 1; tp_size 2 needs as many"):
+    with pytest.raises(SettingError, match="num_gpus is 1; tp_size 2 needs 2"):
         resources(tp_size=2, ray_actor_options={"num_gpus": 1})
 
 
-def test_the_examples_are_applications_that_can_be_built() -> None:
-    from sightline.serve.ray import RayConfig, _resources
+def test_a_replica_on_several_nodes_has_a_bundle_for_each() -> None:
+    from sightline.errors import SettingError
+    from sightline.serve.ray import RayConfig, _resources, build_app
 
-    files = Path(__file__).resolve().parents[2] / "deploy" / "ray"
-    plain = yaml.safe_load((files / "serve.yaml").read_text())
-    cluster = yaml.safe_load((files / "rayservice.yaml").read_text())
-    for config in (plain, yaml.safe_load(cluster["spec"]["serveConfigV2"])):
-        for application in config["applications"]:
-            assert application["import_path"] == "sightline.serve.ray:build_app"
-            unknown = set(application["args"]) - set(RayConfig.model_fields)
-            assert not unknown
-            assert _resources(RayConfig(**application["args"]))["placement_group_bundles"] == [{"CPU": 4, "GPU": 1}]
-    (workers,) = cluster["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    (container,) = workers["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] >= 1
-    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > RayConfig().drain_timeout + 5
+    resources = _resources(RayConfig(tp_size=16, nnodes=2, ray_actor_options={"num_cpus": 4}))
+    assert resources["placement_group_bundles"] == [{"CPU": 4, "GPU": 8}] * 2
+    assert resources["placement_group_strategy"] == "PACK"
+    with pytest.raises(SettingError, match="num_gpus is 16; tp_size 16 needs 8 on each node"):
+        _resources(RayConfig(tp_size=16, nnodes=2, ray_actor_options={"num_gpus": 16}))
+    with pytest.raises(SettingError, match="valid numbers of nodes: 1, 2, 4"):
+        build_app({"tp_size": 4, "nnodes": 3})
+    with pytest.raises(SettingError, match="of these settings, nnodes is enough"):
+        build_app({"tp_size": 4, "nnodes": 2, "dist_init_addr": "a:1"})
 
 
-def test_a_full_server_says_so(deploy: Deploy) -> None:
-    url = deploy(autoscaling_config=fixed(1), max_ongoing_requests=2, max_queued_requests=2)
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda i: chat(url, ask(f"{i}"), max_tokens=100, ignore_eos=True), range(32)))
-    counts = Counter(a.status_code for a in answers)
-    assert set(counts) == {200, 503}, counts
-    for refused in (a for a in answers if a.status_code == 503):
-        assert refused.json()["error"]["code"] == "overloaded"
-        assert int(refused.headers["retry-after"]) >= 1
+def test_a_replica_on_two_nodes(second_node: None, deploy: Deploy) -> None:
+    """It says what one of a single rank says; when its other node's rank dies, its clients are told, and Ray makes another one."""
+    from ray.util import placement_group_table
+
+    one = deploy("/one", autoscaling_config=fixed(1))
+    two = deploy(
+        "/two",
+        autoscaling_config=fixed(1),
+        device="cpu",
+        tp_size=2,
+        nnodes=2,
+        ray_actor_options={"resources": {"slot": 1}},
+    )
+    groups = [g for g in placement_group_table().values() if g["state"] == "CREATED" and len(g["bundles"]) == 2]
+    assert len(set(groups[0]["bundles_to_node_id"].values())) == 2
+
+    def said(url: str, *parts: Any) -> tuple[str, list[float]]:
+        choice = chat(url, ask(*parts), max_tokens=8, temperature=0, logprobs=True).json()["choices"][0]
+        return choice["message"]["content"], [token["logprob"] for token in choice["logprobs"]["content"]]
+
+    for parts in (["hello"], [image_part(1, width=96, height=96), "what is it?"]):
+        text, logprobs = said(one, *parts)
+        assert said(two, *parts) == (text, pytest.approx(logprobs, abs=1e-4, rel=0))
+
+    (rank,) = workers()
+    body = {"messages": ask("go on"), "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with requests.post(f"{two}/v1/chat/completions", json=body, stream=True, timeout=60) as answer:
+        lines = answer.iter_lines(decode_unicode=True)
+        next(lines)
+        rank.kill()
+        killed = time.monotonic()
+        last = [line for line in lines if line][-1]
+        assert time.monotonic() - killed < 2
+        assert '"code":"engine_dead"' in last
+    deadline = time.monotonic() + 60
+    while (again := chat(two, ask("hello"), max_tokens=8, temperature=0)).status_code != 200:
+        assert again.json()["error"]["code"] in ("engine_dead", "engine_lost", "server_starting", "server_failed"), (
+            again.text
+        )
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert said(two, "hello") == said(one, "hello")
+    (another,) = workers()
+    assert another.pid != rank.pid
+    (engine,) = [process for process in engines() if Path(process.cmdline()[-1], "meeting.json").exists()]
+    engine.parent().kill()
+    assert psutil.wait_procs([engine, another], timeout=10)[1] == []
+
+
+EXAMPLES = {"serve.yaml": 1, "rayservice.yaml": 1, "rayservice-two-nodes.yaml": 2}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_are_applications_that_can_be_built(name: str) -> None:
+    from sightline.serve.ray import RayConfig, _resources, build_app
+
+    document = yaml.safe_load((Path(__file__).resolve().parents[2] / "deploy" / "ray" / name).read_text())
+    is_plain = "spec" not in document
+    (application,) = (document if is_plain else yaml.safe_load(document["spec"]["serveConfigV2"]))["applications"]
+    assert application["import_path"] == "sightline.serve.ray:build_app"
+    assert set(application["args"]) <= set(RayConfig.model_fields)
+    build_app(application["args"])
+    bundles = _resources(RayConfig(**application["args"]))["placement_group_bundles"]
+    assert bundles == [{"CPU": 4, "GPU": EXAMPLES[name]}] * EXAMPLES[name]
+    if is_plain:
+        return
+    (group,) = document["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] >= bundles[0]["GPU"]
+    assert limits["cpu"] >= bundles[0]["CPU"]
+    assert group.get("numOfHosts", 1) == len(bundles)
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] > RayConfig().drain_timeout + 5
+
+
+def refusals(url: str) -> set[tuple[Any, ...]]:
+    """Everything that a client can see of how this server, whose one place is taken, refuses others: too many, too late, too large."""
+    stream = {"messages": ask("go on"), "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with requests.post(f"{url}/v1/chat/completions", json=stream, stream=True, timeout=60) as running:
+        next(running.iter_lines())
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda i: chat(url, ask(f"{i}")), range(12)))
+    answers.append(chat(url, ask("x" * 30_000)))
+    headers = ("retry-after", "x-should-retry", "content-type")
+    return {(a.status_code, str(a.json()["error"]), *(a.headers.get(name) for name in headers)) for a in answers}
+
+
+def test_a_full_server_says_what_one_without_ray_says(deploy: Deploy) -> None:
+    limits = {"max_queued_requests": 2, "max_running_requests": 1, "queue_timeout": 0.5, "max_queued_mb": 0.02}
+    flags = [word for name, value in limits.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    with ServerProcess(["--num-threads", "1", *flags]) as server:
+        server.wait_ready()
+        expected = refusals(server.base_url)
+    assert refusals(deploy(autoscaling_config=fixed(1), max_ongoing_requests=2, **limits)) == expected
+    codes = {"overloaded", "queue_timeout"}
+    assert {code for code in codes for _, error, *_ in expected if f"'code': '{code}'" in error} == codes
+    assert {(status, int(retry) >= 1) for status, _, retry, *_ in expected} == {(503, True)}
 
 
 def test_a_replica_dies_under_load_and_nothing_is_lost(deploy: Deploy) -> None:

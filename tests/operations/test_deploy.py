@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from sightline.config import ENV_PREFIX, ServerConfig
+from sightline.engine.node_link import check_nodes
 from sightline.server.app import MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +193,68 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     )
     complaints = [line for line in done.stderr.splitlines() if "sightline.service" in line]
     assert not complaints, complaints
+
+
+def pods(path: Path) -> list[dict[str, Any]]:
+    """The specs of all pods that a manifest describes, those inside custom resources too."""
+    found = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            if "containers" in value:
+                found.append(value)
+            for each in value.values():
+                walk(each)
+        elif isinstance(value, list):
+            for each in value:
+                walk(each)
+
+    for document in documents(path):
+        walk(document)
+    return found
+
+
+MANIFESTS = [*(DEPLOY / "kubernetes").iterdir(), *(DEPLOY / "ray").glob("rayservice*.yaml")]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_kubernetes_would_take_the_manifests(path: Path) -> None:
+    """By its own schemas, where unknown fields are errors. Of custom resources, it is their pods."""
+    validator = pytest.importorskip("kubernetes_validate", reason="an extra; `make test-operations` installs it")
+    whole = [d for d in documents(path) if d["kind"] not in ("LeaderWorkerSet", "RayService")]
+    inside = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec} for spec in pods(path)]
+    assert inside
+    for version in ("1.30", "1.37"):
+        for document in [*whole, *inside]:
+            validator.validate(document, version, strict=True)
+    inside[0]["spec"]["containers"][0]["imgae"] = "a"
+    with pytest.raises(validator.ValidationError):
+        validator.validate(inside[0], "1.37", strict=True)
+
+
+def test_the_manifest_of_two_nodes() -> None:
+    """As the controller of LeaderWorkerSets fills it in: https://lws.sigs.k8s.io/docs/reference/labels-annotations-and-environment-variables/"""
+    workload, service = documents(DEPLOY / "kubernetes" / "two-nodes.yaml")
+    template = workload["spec"]["leaderWorkerTemplate"]
+    leader, worker = template["leaderTemplate"]["spec"], template["workerTemplate"]["spec"]
+    for number, spec in enumerate((leader, worker)):
+        (container,) = spec["containers"]
+        given = " ".join(container["args"]).replace("$(LWS_GROUP_SIZE)", str(template["size"]))
+        given = given.replace("$(LWS_WORKER_INDEX)", str(number)).replace("$(LWS_LEADER_ADDRESS)", "first.nodes")
+        env = {each["name"]: each.get("value", "0123456789abcdef") for each in container["env"]}
+        settings(env)
+        config = ServerConfig.load(given.split(), env=env)
+        check_nodes(config)
+        assert (config.node_rank, config.nnodes) == (number, 2)
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == str(config.ranks_per_node)
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in spec["volumes"]}
+        # what is not the server has nothing that a probe could ask
+        assert ("readinessProbe" in container) == ("ports" in container) == (number == 0)
+        assert spec["terminationGracePeriodSeconds"] > DRAIN + 8
+        labels = [template[name]["metadata"]["labels"] for name in ("leaderTemplate", "workerTemplate")]
+    index = service["spec"]["selector"].pop("leaderworkerset.sigs.k8s.io/worker-index")
+    assert (index, [service["spec"]["selector"]] * 2) == ("0", labels)
 
 
 def test_the_manifests() -> None:

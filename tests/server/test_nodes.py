@@ -15,8 +15,8 @@ import requests
 import zmq
 
 from sightline.config import EngineConfig
-from sightline.engine.node_link import Join, Keys, check_nodes
-from sightline.errors import SettingError
+from sightline.engine.node_link import Address, Join, Keys, check_nodes
+from sightline.errors import AddressInUseError, SettingError
 from tests import tiny
 from tests.server.conftest import ask, image_part
 from tests.server.test_replicas import start_streams
@@ -204,6 +204,27 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
         check_nodes(config(**settings))
     check_nodes(config())
     check_nodes(config(dist_init_addr="[::1]:5000"))
+
+
+def test_a_name_that_is_not_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [OSError(-2, "Name or service not known"), [(2, 1, 6, "", ("10.0.0.1", 5))]]
+    waits: list[float] = []
+
+    def resolve(*args: object, **kwargs: object) -> Any:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("sightline.engine.node_link.socket.getaddrinfo", resolve)
+    monkeypatch.setattr("sightline.engine.node_link.time.sleep", waits.append)
+    assert Address("pod-0", 5).resolved() == Address("10.0.0.1", 5)
+    assert waits == [1]
+    answers[:] = [OSError(-2, "Name or service not known")]
+    with pytest.raises(SettingError, match="--dist-init-addr: pod-0 cannot be resolved: Name or service not known"):
+        Address("pod-0", 5).resolved()
+    with pytest.raises(AddressInUseError, match=r"192\.0\.2\.123:5: .* must be an address of node 0's and a free port"):
+        Address("192.0.2.123", 5).listen()
 
 
 def test_what_nodes_must_have_in_common() -> None:

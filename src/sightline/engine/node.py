@@ -15,6 +15,7 @@ from pathlib import Path
 import zmq
 
 from sightline import hub
+from sightline.config import ServerConfig
 from sightline.engine.node_link import (
     Address,
     End,
@@ -31,6 +32,7 @@ from sightline.engine.node_link import (
 )
 from sightline.engine.setup import EngineSetup, Meeting, start_rank
 from sightline.errors import SettingError, StartupError
+from sightline.logging import setup_logging
 
 logger = logging.getLogger("sightline.engine")
 
@@ -39,13 +41,13 @@ _NOTICE_SECONDS = 10.0
 EXIT_NODE_ENDED = 7
 
 
-def run_node(setup: EngineSetup, stop: threading.Event) -> int:
+def run_node(config: ServerConfig, stop: threading.Event) -> int:
     """Host this node's ranks until node 0 is done, or `stop` is set. Returns the exit code; raises `StartupError`."""
-    config = setup.config
+    name = f"node {config.node_rank}"
+    setup_logging(config.log_level, config.log_format, role=name)
     check_nodes(config)
-    setup = setup._replace(
-        model_dir=hub.resolve(config.model, revision=config.revision, download_dir=config.download_dir)
-    )
+    model_dir = hub.resolve(config.model, revision=config.revision, download_dir=config.download_dir)
+    setup = EngineSetup(config.engine_config(), model_dir, config.log_level, config.log_format, name)
     with _Link(setup) as link:
         message = link.wait_for_node_0(stop)
         if isinstance(message, Start):

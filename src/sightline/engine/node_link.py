@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import socket
+import time
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +44,8 @@ _LOCAL = {
     "dist_timeout",
     "num_threads",
 }
+# A pod's name is known some seconds after it starts.
+_NAME_SECONDS = 20
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
@@ -126,11 +130,18 @@ class Address(NamedTuple):
         return f"tcp://{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
 
     def resolved(self) -> Address:
-        """With the address that this machine is to listen on. Raises `SettingError`."""
-        try:
-            return Address(str(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][4][0]), self.port)
-        except OSError as error:
-            raise SettingError(f"--dist-init-addr: {self.host} cannot be resolved: {error.strerror}.") from error
+        """With the address that this machine is to listen on; a name may take a moment to be known. Raises `SettingError`."""
+        tries = itertools.count(1)
+        while True:
+            try:
+                return Address(
+                    str(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][4][0]), self.port
+                )
+            except OSError as error:
+                if next(tries) > _NAME_SECONDS:
+                    message = f"--dist-init-addr: {self.host} cannot be resolved: {error.strerror}."
+                    raise SettingError(message) from error
+            time.sleep(1)
 
     def listen(self) -> socket.socket:
         """On a free port of this address. Raises `AddressInUseError`."""

@@ -13,6 +13,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
+import socket
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +24,10 @@ from pydantic import Field, ValidationError
 
 from sightline import demo
 from sightline.config import ServerConfig
+from sightline.engine.node import run_node
+from sightline.engine.node_link import check_nodes
 from sightline.engine.routing import Footprint, Router
-from sightline.errors import OverloadedError, ReplicaDeadError, RequestError, SettingError
+from sightline.errors import EngineDeadError, OverloadedError, ReplicaDeadError, RequestError, SettingError
 from sightline.logging import setup_logging
 from sightline.serve.body import body_footprint
 from sightline.server.app import create_app
@@ -30,11 +35,13 @@ from sightline.server.errors import error_body, error_response
 from sightline.server.lifecycle import FAILED, Lifecycle
 
 try:
+    import ray
     from ray import serve
     from ray.exceptions import RayActorError
     from ray.serve.config import RequestRouterConfig
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
     from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError as error:
     raise ImportError(f"sightline.serve.ray needs Ray Serve: pip install 'sightline[ray]' ({error})") from error
 
@@ -73,6 +80,10 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         raise SettingError(f"args: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if config.dp_size != 1:
         raise SettingError("args: dp_size: Ray starts the replicas; use autoscaling_config.")
+    if config.node_rank or config.dist_init_addr or config.dist_secret:
+        raise SettingError("args: Ray numbers the nodes and lets them meet; of these settings, nnodes is enough.")
+    if config.nnodes > 1:
+        check_nodes(_meeting_point(config))
     engine = serve.deployment(
         Server,
         name=ENGINE,
@@ -98,26 +109,70 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 
 def _resources(config: RayConfig) -> dict[str, Any]:
-    """What each replica holds, as options of the deployment: a placement group of its own on one node, where all its ranks run.
+    """What each replica holds, as options of the deployment: a placement group of its own, with a bundle for the ranks of each of its
+    nodes, and these on as few machines as can be.
 
     Raises `SettingError` for another number of GPUs than ranks.
     """
     options = {"num_cpus": 1, **config.ray_actor_options}
-    if (
-        config.tp_size > 1
-        and config.device != "cpu"
-        and options.setdefault("num_gpus", config.tp_size) != config.tp_size
-    ):
+    ranks = config.ranks_per_node
+    if config.tp_size > 1 and config.device != "cpu" and options.setdefault("num_gpus", ranks) != ranks:
+        each = " on each node" if config.nnodes > 1 else ""
+        given = options["num_gpus"]
         raise SettingError(
-            f"args: ray_actor_options: num_gpus is {options['num_gpus']}; tp_size {config.tp_size} needs as many."
+            f"args: ray_actor_options: num_gpus is {given}; tp_size {config.tp_size} needs {ranks}{each}."
         )
     amounts = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus"), "memory": options.get("memory")}
     amounts |= options.get("resources", {})
     if kind := options.get("accelerator_type"):
         amounts[f"accelerator_type:{kind}"] = 0.001
     bundle = {name: amount for name, amount in amounts.items() if amount}
-    group = {"placement_group_bundles": [bundle], "placement_group_strategy": "STRICT_PACK"} if bundle else {}
-    return {"ray_actor_options": options, **group}
+    if not bundle:
+        return {"ray_actor_options": options}
+    return {
+        "ray_actor_options": options,
+        "placement_group_bundles": [bundle] * config.nnodes,
+        "placement_group_strategy": "STRICT_PACK" if config.nnodes == 1 else "PACK",
+    }
+
+
+def _meeting_point(config: ServerConfig) -> ServerConfig:
+    """With an address of this machine where the nodes of a replica meet, and a new secret that they know each other by."""
+    host = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        taken.bind((host, 0))
+        port = taken.getsockname()[1]
+    return config.model_copy(update={"dist_init_addr": f"{host}:{port}", "dist_secret": secrets.token_hex(32)})
+
+
+def _start_nodes(config: ServerConfig) -> list[asyncio.Future[None]]:
+    """The replica's other nodes, each in a bundle of its placement group. They end with node 0, and raise what they die of."""
+    group = ray.util.get_current_placement_group()
+    tasks = []
+    for i, bundle in enumerate(group.bundle_specs[1:], start=1):
+        amounts = dict(bundle)
+        task = ray.remote(_node).options(
+            num_cpus=amounts.pop("CPU", 0),
+            num_gpus=amounts.pop("GPU", 0),
+            memory=amounts.pop("memory", None),
+            resources=amounts,
+            max_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, i),
+        )
+        settings = config.model_copy(update={"node_rank": i}).model_dump(mode="json")
+        tasks.append(asyncio.ensure_future(task.remote(settings)))
+    return tasks
+
+
+def _node(settings: dict[str, Any]) -> None:
+    """Raises `StartupError`, or `EngineDeadError` when the engine ends of anything but its being done."""
+    if run_node(_with_model(ServerConfig(**settings)), threading.Event()):
+        raise EngineDeadError("a rank or a node of this replica is gone; see its log")
+
+
+def _with_model(config: ServerConfig) -> ServerConfig:
+    """The bundled one where none is named."""
+    return config if config.model else config.model_copy(update={"model": str(demo.model_path())})
 
 
 class Call(NamedTuple):
@@ -141,11 +196,14 @@ class Server:
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         config = ServerConfig(**settings)
         setup_logging(config.log_level, config.log_format)
-        is_demo = not config.model
-        if is_demo:
-            config = config.model_copy(update={"model": str(demo.model_path())})
-        self._lifecycle = Lifecycle(config, demo=is_demo)
-        await self._lifecycle.load()
+        if config.nnodes > 1:
+            config = _meeting_point(config)
+        self._lifecycle = Lifecycle(_with_model(config), demo=not config.model)
+        self._nodes = _start_nodes(config) if config.nnodes > 1 else []
+        loading = asyncio.ensure_future(self._lifecycle.load())
+        for ended in (await asyncio.wait([loading, *self._nodes], return_when=asyncio.FIRST_COMPLETED))[0]:
+            ended.result()
+        await loading
         self._app = create_app(self._lifecycle)
         self._watching = asyncio.ensure_future(self._watch())
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 
 import uvicorn
 
@@ -21,7 +20,6 @@ from sightline import demo
 from sightline.config import ServerConfig
 from sightline.engine.node import run_node
 from sightline.engine.node_link import check_nodes
-from sightline.engine.setup import EngineSetup
 from sightline.errors import AddressInUseError, StartupError
 from sightline.logging import setup_logging
 from sightline.prompt.processor import Processor
@@ -67,11 +65,7 @@ def _host_ranks(config: ServerConfig) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    setup = EngineSetup(
-        config.engine_config(), Path(config.model), config.log_level, config.log_format, f"node {config.node_rank}"
-    )
-    setup.start_log()
-    return run_node(setup, stop)
+    return run_node(config, stop)
 
 
 def _run_loop(server: _Server) -> int:

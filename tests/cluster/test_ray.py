@@ -181,15 +181,16 @@ def test_the_examples_are_applications_that_can_be_built(name: str) -> None:
 
 def refusals(url: str) -> set[tuple[Any, ...]]:
     """Everything that a client can see of how this server, whose one place is taken, refuses others: too many, too late, too large."""
-    stream = {"messages": ask("go on"), "max_tokens": 3900, "ignore_eos": True, "stream": True}
+    stream = {"messages": ask("go on"), "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with requests.post(f"{url}/v1/chat/completions", json=stream, stream=True, timeout=60) as running:
-        next(running.iter_lines())
+        # dropped, it would close the connection
+        lines = running.iter_lines()
+        next(lines)
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda i: chat(url, ask(f"{i}")), range(12)))
     answers.append(chat(url, ask("x" * 30_000)))
     headers = ("retry-after", "x-should-retry", "content-type")
-    refused = [a for a in answers if a.status_code != 200]
-    return {(a.status_code, str(a.json()["error"]), *(a.headers.get(name) for name in headers)) for a in refused}
+    return {(a.status_code, str(a.json()["error"]), *(a.headers.get(name) for name in headers)) for a in answers}
 
 
 def test_a_full_server_says_what_one_without_ray_says(deploy: Deploy) -> None:

@@ -193,6 +193,7 @@ def _build_core(
         device=device,
         free_elsewhere=workers.free_memory() if workers is not None and device.type == "cuda" else None,
     )
+    on_progress(LoadProgress("cache"))
     vision_cache = VisionCache(plan.vision_cache, workers.forget if workers is not None else None)
     runner.use(vision_cache)
     # One page more than planned: page 0 is the null page.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from sightline.engine.scheduler import ScheduledRow
 from sightline.models import KVSpec
 from sightline.prompt.processor import ImagePlan, PixelLimits, Processor, load_processor
 from sightline.types import ImageRef, Pixels, SamplingParams
+
+logger = logging.getLogger("sightline.engine")
 
 # A side longer than any family keeps, and the shapes among which the costliest picture is.
 _SIDE = 6000
@@ -143,10 +146,13 @@ def blank_request(runner: ModelRunner, num_tokens: int, params: SamplingParams =
 
 
 def _peak(device: torch.device, work: Callable[[], None]) -> int:
+    began = time.perf_counter()
     with torch.inference_mode():
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - before
+    logger.debug("measured %s: %.2f GiB in %.1f s", work.__name__, peak / 2**30, time.perf_counter() - began)
+    return peak

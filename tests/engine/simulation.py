@@ -383,6 +383,9 @@ class Simulation:
             overlap=work.overlap,
             clock=lambda: self.now,
         )
+        self.delivered: list[TokenEvent] = []
+        if work.overlap:
+            self.core.deliver = self.delivered.extend
         self.choices: dict[tuple[str, int], Choice] = {}
         self.previous: list[list[list[int] | int]] = []
         self.pixels_due: list[tuple[int, bytes, str]] = []
@@ -493,6 +496,8 @@ class Simulation:
     def _step(self) -> None:
         before, in_flight = self.runner.num_steps, self.core._flight is not None
         events = self.core.step()
+        events = [*self.delivered, *events]
+        self.delivered.clear()
         self._receive(events)
         # A loop that believes a stalled engine busy would spin; the reverse would sleep for ever.
         tried = in_flight or self.runner.num_steps > before or any(isinstance(e, TokenEvent) for e in events)

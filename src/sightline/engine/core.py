@@ -113,6 +113,8 @@ class EngineCore:
         self._requests: dict[tuple[str, int], Request] = {}
         self._compiling: list[Request] = []
         self._flight: _Flight | None = None
+        # takes tokens as soon as they are known; without it `step` returns them, when the next step has been sampled
+        self.deliver: Callable[[list[TokenEvent]], None] | None = None
         self._clock = clock
         self._log = _StepLog(scheduler, decode_log_interval, clock)
 
@@ -333,6 +335,9 @@ class EngineCore:
             return []
         sampled = self.runner.collect(flight.step)
         events = self._commit(flight.batch.rows, sampled)
+        if self.deliver is not None and events:
+            self.deliver(events)
+            events = []
         self._log.step(flight.batch, len(sampled))
         return events
 

@@ -161,6 +161,7 @@ class _Loop:
         self._run_dir = run_dir
         self._connection = connection
         self._stats_sent = 0.0
+        core.deliver = self._deliver
 
     def run(self) -> Shutdown:
         """Serve until there is one."""
@@ -204,6 +205,11 @@ class _Loop:
     def _put(self, buffers: tuple[PixelBuffer, ...]) -> None:
         for buffer in buffers:
             self._core.put_pixels(buffer.digest, read_pixels(self._run_dir, buffer, self._core.runner.new_pixels))
+
+    def _deliver(self, tokens: Sequence[TokenEvent]) -> None:
+        """See `_send`, which also sends what can wait for the end of a step."""
+        ended = any(token.finish_reason is not None for token in tokens)
+        self._connection.send([self._core.snapshot(), *tokens] if ended else tokens)
 
     def _send(self, events: Sequence[FromEngine]) -> None:
         """Events, preceded by a snapshot when something ended, so that who sees an answer's end sees its counts.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from sightline.attention.cross import CrossAttentionBatch, PictureGroup
+from sightline.attention.cross import CrossAttentionBatch, CrossDecodeBatch, PictureGroup
 from sightline.attention.torch_sdpa import TorchSDPABackend
 
 HEADS, KV_HEADS, DIM, LAYERS = 6, 2, 8, 3
@@ -40,3 +41,14 @@ def test_rows_that_see_nothing_stay() -> None:
     everything = CrossAttentionBatch(None, [])
     assert everything.gather(x) is x
     assert everything.scatter(x, x + 1).flatten().tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_of_a_graphs_rows_those_that_see_nothing_stay() -> None:
+    """Whatever was computed for them."""
+    batch = CrossDecodeBatch(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[4, 0, 1], [4, 0, 9]]), 1)
+    x, new = torch.arange(6.0).view(3, 2), torch.full((3, 2), 7.0)
+    new[1] = float("nan")
+    assert batch.gather(x) is x
+    assert batch.scatter(x, new).tolist() == [[7.0, 7.0], [2.0, 3.0], [7.0, 7.0]]
+    with pytest.raises(AssertionError):
+        TorchSDPABackend().cross_forward(x[:, None], 0, batch)

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sightline.attention.backend import KVCache
-from sightline.engine.cuda_graph import HostStep, StepGraphs
+from sightline.attention.cross import CrossDecodeBatch
+from sightline.engine.cuda_graph import GraphKey, HostStep, StepGraphs
 
 PAGE = 16
 
@@ -27,9 +28,9 @@ class Backend:
         return np.asarray(tiles, dtype=np.int32).reshape(-1, 2)
 
 
-@pytest.fixture
-def graphs() -> StepGraphs:
+def make(cross_attention: bool) -> StepGraphs:
     model: Any = nn.Module()
+    model.cross_attention = cross_attention
     model.config = SimpleNamespace(hidden_size=8, vocab_size=10)
     cpu = torch.device("cpu")
     cache = KVCache.allocate(
@@ -47,6 +48,17 @@ def graphs() -> StepGraphs:
         num_heads=2,
         device=cpu,
     )
+
+
+@pytest.fixture
+def graphs() -> StepGraphs:
+    return make(cross_attention=False)
+
+
+@pytest.fixture
+def seeing() -> StepGraphs:
+    """Of a model whose pictures stand beside the text."""
+    return make(cross_attention=True)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +83,34 @@ def graphs() -> StepGraphs:
 def test_which_graph(
     graphs: StepGraphs, rows: int, decode: int, sequences: int, sampled: int, expected: tuple[int, int] | None
 ) -> None:
-    assert graphs.key(rows, decode, sequences, sampled) == expected
+    assert graphs.key(rows, decode, sequences, sampled) == (None if expected is None else GraphKey(*expected))
+
+
+@pytest.mark.parametrize(
+    ("rows", "decode", "num_seen", "expected"),
+    [
+        (9, 9, 0, GraphKey(16)),
+        (9, 9, 1, GraphKey(16, sees=True)),
+        (32, 32, 8, GraphKey(32, sees=True)),
+        # too many pictures in a row, too many rows, and rows that do not decode
+        (9, 9, 9, None),
+        (40, 40, 1, None),
+        (100, 3, 1, None),
+        (100, 3, 0, GraphKey(128, 16)),
+    ],
+)
+def test_which_graph_of_a_model_whose_rows_may_see_pictures(
+    seeing: StepGraphs, rows: int, decode: int, num_seen: int, expected: GraphKey | None
+) -> None:
+    assert seeing.key(rows, decode, decode + (rows > decode), decode, num_seen) == expected
+    assert expected is None or expected in seeing.planned
 
 
 def test_a_wide_gap_is_not_padded(graphs: StepGraphs) -> None:
     graphs.token_sizes = [256, 2048]
-    graphs.planned = [(2048, 16), (256, 16)]
+    graphs.planned = [GraphKey(2048, 16), GraphKey(256, 16)]
     assert graphs.key(300, 4, 6, 5) is None
-    assert graphs.key(1700, 4, 6, 5) == (2048, 16)
+    assert graphs.key(1700, 4, 6, 5) == GraphKey(2048, 16)
 
 
 class Graph:
@@ -102,11 +134,7 @@ def log(graphs: StepGraphs, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Graph, "log", [])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     views = graphs._inputs.views
-    monkeypatch.setattr(graphs, "_compute", lambda tokens, sampled: Graph.log.append(f"{views['slots'][:2].tolist()}"))
-    # a CPU has no pinned memory
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(graphs, "compute", lambda key: Graph.log.append(f"{views['slots'][:2].tolist()}"))
     return Graph.log
 
 
@@ -125,18 +153,9 @@ def _decode_step(num_rows: int) -> HostStep:
 
 def test_a_start_captures_some_graphs_and_idle_time_the_others(graphs: StepGraphs, log: list[str]) -> None:
     graphs.capture()
-    assert sorted(graphs._graphs) == [
-        (1, 0),
-        (2, 0),
-        (4, 0),
-        (8, 0),
-        (16, 0),
-        (32, 0),
-        (512, 16),
-        (512, 64),
-        (512, 100),
-    ]
-    graphs.run((1, 0), _decode_step(1), None)
+    decode, mixed = [GraphKey(n) for n in (1, 2, 4, 8, 16, 32)], [GraphKey(512, n) for n in (16, 64, 100)]
+    assert sorted(graphs._graphs) == [*decode, *mixed]
+    graphs.run(GraphKey(1), _decode_step(1), None)
     log.clear()
     assert graphs.capture_next()
     # what is computed then writes to no slot, least of all to those of the step before
@@ -147,15 +166,31 @@ def test_a_start_captures_some_graphs_and_idle_time_the_others(graphs: StepGraph
     assert len(graphs._graphs) == len(graphs.planned)
 
 
+def test_only_models_with_cross_attention_have_graphs_of_steps_that_see_pictures(
+    graphs: StepGraphs, seeing: StepGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(key.sees for key in graphs.planned)
+    assert [key for key in seeing.planned if not key.sees] == graphs.planned
+    assert sorted(key.tokens for key in seeing.planned if key.sees) == seeing.decode_sizes
+    captured: list[GraphKey] = []
+    monkeypatch.setattr(seeing, "_prepare", captured.append)
+    # a start waits for none of them, ranks that capture all at once do
+    seeing.capture()
+    assert not any(key.sees for key in captured)
+    captured.clear()
+    seeing.capture(whole=True)
+    assert captured == seeing.planned
+
+
 def test_ranks_capture_all_at_once(graphs: StepGraphs, log: list[str]) -> None:
     graphs.capture(whole=True)
     assert not graphs.capture_next()
 
 
 def test_the_first_step_of_a_size_is_computed_and_then_captured(graphs: StepGraphs, log: list[str]) -> None:
-    graphs.run((24, 0), _decode_step(20), None)
+    graphs.run(GraphKey(24), _decode_step(20), None)
     assert log == ["[50, 51]", "begin", "[50, 51]", "end"]
-    graphs.run((24, 0), _decode_step(18), None)
+    graphs.run(GraphKey(24), _decode_step(18), None)
     assert log[4:] == ["replay"]
 
 
@@ -189,3 +224,35 @@ def test_the_layout_of_a_mixed_step(graphs: StepGraphs) -> None:
         assert first == 0
         length = parts["cu_seqlens"][sequence + 1] - parts["cu_seqlens"][sequence]
         assert length == parts["kv_lens"][sequence] == 0, "a padding tile of a sequence that has tokens"
+
+
+def test_what_rows_see_is_laid_out_for_the_device(seeing: StepGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a step before leave nothing behind."""
+    contexts: list[Any] = []
+
+    def forward(hidden: Tensor, positions: Tensor, ctx: Any, rows: None) -> Tensor:
+        contexts.append(ctx)
+        return hidden
+
+    model: Any = seeing._model
+    model.uses_mrope, model.forward, model.logits = False, forward, lambda hidden: hidden.new_zeros(len(hidden), 10)
+    model.embed = lambda ids, image_rows, features: torch.zeros(len(ids), 8)
+    monkeypatch.setattr(seeing, "_capture", lambda key: None)
+    seeing._backend.prepare = lambda batch: None  # type: ignore[method-assign]
+    one, two, three = (torch.zeros(2, 2, n, 1, 4) for n in (5, 17, 9))
+    everywhere = [(np.arange(8), (three, two, one))]
+    groups = [(np.array([3, 0]), (one,)), (np.array([1]), (two, one, three))]
+    for seen, num_rows in ((everywhere, 8), (groups, 5)):
+        seeing.run(GraphKey(8, sees=True), _decode_step(num_rows), None, seen=seen)
+    cross = contexts[-1].cross
+    assert isinstance(cross, CrossDecodeBatch)
+    assert cross.num_kv_heads == 1
+    assert cross.ends.shape == cross.addresses.shape == (8, 8)
+    assert cross.ends[:4].T.tolist() == [
+        [5, 5, 5, 5], [17, 22, 31, 31], [0] * 4, [5, 5, 5, 5], *[[0] * 4] * 4,
+    ]  # fmt: skip
+    assert torch.equal(cross.ends[7], cross.ends[3])
+    a, b, c = (t.data_ptr() for t in (one, two, three))
+    assert cross.addresses[:4].T.tolist() == [[a, 0, 0, 0], [b, a, c, 0], [0] * 4, [a, 0, 0, 0], *[[0] * 4] * 4]
+    seeing.run(GraphKey(8), _decode_step(5), None)
+    assert contexts[-1].cross is None

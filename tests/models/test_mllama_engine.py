@@ -17,6 +17,8 @@ from sightline import Engine, SamplingParams
 from sightline.config import EngineConfig
 from sightline.engine import runner
 from sightline.engine.core import EngineCore
+from sightline.engine.cuda_graph import GraphKey
+from sightline.engine.executor import GraphSizes
 from sightline.engine.factory import build_core
 from sightline.engine.pictures import View, beside_text, in_text, views
 from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, Pixels, TokenEvent, ids_to_bytes
@@ -378,6 +380,48 @@ def test_wrong_views_show(mutation: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(runner, "views", mutated)
     with pytest.raises(AssertionError):
         check(Driver().ask(prompt), prompt)
+
+
+# ---- CUDA graphs: what they compute, launch by launch in Triton's interpreter ----
+
+
+def as_graphs_compute(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
+    """The driver's steps, where they have a graph, as those compute them. Returns which these were."""
+    backend = pytest.importorskip("sightline.attention.triton", reason="no triton on this machine").TritonBackend()
+    executor = driver.core.runner.executor
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "backend", backend)
+        graphs = executor.new_graphs(GraphSizes(max_batch=8, max_running=8, max_mixed=16, max_pages=16))
+    ran: list[GraphKey] = []
+    monkeypatch.setattr(graphs, "_capture", ran.append)
+    monkeypatch.setattr(executor, "graphs", graphs)
+    return ran
+
+
+def test_graphs_of_steps_in_which_rows_see_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that see none, one, two and three pictures share steps; rows go, and padding takes their places."""
+    driver = Driver()
+    ran = as_graphs_compute(driver, monkeypatch)
+    shapes = ["text", "one tile", "two adjacent", "three, two of them adjacent", "turns"]
+    for i, shape in enumerate(shapes):
+        driver.add(SHAPES[shape], shape)
+        if i == 3:
+            for _ in range(6):
+                driver.step()
+    driver.run()
+    for shape in shapes:
+        check(driver.answers[shape, 0], SHAPES[shape])
+    assert {key.tokens for key in ran if key.sees} == {1, 4}
+
+
+def test_a_row_that_sees_more_pictures_than_a_graph_has_places_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    ran = as_graphs_compute(driver, monkeypatch)
+    eight, nine = (make(3, *[ONE] * n, 4) for n in (8, 9))
+    check(driver.ask(nine), nine)
+    assert not any(key.sees for key in ran)
+    check(driver.ask(eight), eight)
+    assert {key for key in ran if key.sees} == {GraphKey(1, sees=True)}
 
 
 # ---- penalties: the placeholder is an id that the output head does not have ----

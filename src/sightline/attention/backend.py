@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sightline.attention.cross import CrossAttentionBatch, cross_attention
+from sightline.attention.cross import CrossAttentionBatch, CrossDecodeBatch, cross_attention
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ class AttentionBackend(abc.ABC):
         for a capturable backend. N depends on q_lens and num_rows alone."""
         raise NotImplementedError
 
-    def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch) -> Tensor:
-        """Attend q [R, num_heads, head_dim] to pictures; shapes as in `cross_attention`, which this is unless overridden."""
+    def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch | CrossDecodeBatch) -> Tensor:
+        """Attend q [R, num_heads, head_dim] to pictures -> the same shape. A capturable backend takes a `CrossDecodeBatch`, too."""
+        assert isinstance(cross, CrossAttentionBatch)
         return cross_attention(q, layer, cross)
 
 
@@ -127,7 +128,7 @@ class ForwardContext:
     backend: AttentionBackend
     cache: KVCache
     batch: AttentionBatch
-    cross: CrossAttentionBatch | None = None
+    cross: CrossAttentionBatch | CrossDecodeBatch | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Causal attention of decoder layer `layer`; shapes as in `AttentionBackend.forward`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,6 +40,32 @@ class CrossAttentionBatch:
     def scatter(self, x: Tensor, new: Tensor) -> Tensor:
         """x [T, ...] with `new` [R, ...] in place of the rows that see something."""
         return new if self.rows is None else x.index_copy(0, self.rows, new)
+
+
+@dataclass(frozen=True)
+class CrossDecodeBatch:
+    """What each row of a decode step sees, in tensors whose shapes do not depend on it, for a CUDA graph. All rows take part, and
+    who sees nothing gets its input back.
+
+    addresses: int64 [S, T], ends: int32 [S, T], both on the device: of up to S pictures of each row, see
+    `kernels.cross_attention`. num_kv_heads: that they have.
+    """
+
+    addresses: Tensor
+    ends: Tensor
+    num_kv_heads: int
+
+    @functools.cached_property
+    def _sees(self) -> Tensor:
+        return (self.ends[-1] > 0)[:, None]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[T, ...] as it is."""
+        return x
+
+    def scatter(self, x: Tensor, new: Tensor) -> Tensor:
+        """`new` [T, hidden] in the rows that see something, x in the others."""
+        return torch.where(self._sees, new, x)
 
 
 def cross_attention(q: Tensor, layer: int, batch: CrossAttentionBatch) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sightline.attention.backend import AttentionBackend, AttentionBatch, KVCache
+from sightline.attention.cross import CrossAttentionBatch, CrossDecodeBatch
+from sightline.kernels.cross_attention import decode_cross_attention
 from sightline.kernels.decode_attention import decode_attention
 from sightline.kernels.prefill_attention import Tile, prefill_attention, prefill_tile, prefill_tiles
 from sightline.kernels.rope import rotate_and_write, write_kv
@@ -61,6 +63,12 @@ class TritonBackend(AttentionBackend):
             decode_attention(q[:decode], keys, values, batch.page_table, batch.kv_lens, out=out[:decode])
         cu_seqlens_q, kv_lens, page_table = batch.cu_seqlens_q, batch.kv_lens, batch.page_table
         return prefill_attention(q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out)
+
+    def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch | CrossDecodeBatch) -> Tensor:
+        """See `AttentionBackend.cross_forward`."""
+        if isinstance(cross, CrossDecodeBatch):
+            return decode_cross_attention(q, layer, cross.addresses, cross.ends, cross.num_kv_heads)
+        return super().cross_forward(q, layer, cross)
 
     def plan_tiles(
         self, q_lens: Sequence[int], kv_lens: Sequence[int], num_rows: int, num_heads: int, cache: KVCache

@@ -19,7 +19,7 @@ import torch
 
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.encoder import Encoder
-from sightline.engine.executor import Executor
+from sightline.engine.executor import Executor, GraphSizes
 from sightline.engine.memory import PAGE_SIZE
 from sightline.engine.peak import Blank, blank_request
 from sightline.engine.runner import ModelRunner
@@ -114,6 +114,8 @@ def rehearse(executor: Executor, pictures: Sequence[Blank], *, max_step: int, ma
         for num_rows in (*(n for n in _DECODE_ROWS if n < max_running), max_running):
             for context in (1, min(_LONG_CONTEXT, max_step)):
                 _decode(runner, num_rows, context)
+        if executor.cross_attention and executor.backend.capturable:
+            _decode_beside_pictures(executor, max_running)
 
 
 def _encode(encoder: Encoder, picture: Blank) -> Iterator[float]:
@@ -125,3 +127,12 @@ def _decode(runner: ModelRunner, num_rows: int, context: int) -> None:
     for request in requests:
         request.output_ids.append(0)
     runner.forward([ScheduledRow(request, context - 1, 1, True) for request in requests], num_rows)
+
+
+@torch.inference_mode()
+def _decode_beside_pictures(executor: Executor, max_running: int) -> None:
+    """As for a graph: it looks up what rows see on the device, where nothing is."""
+    graphs = executor.new_graphs(GraphSizes(max_running, max_running, max_running, max_pages=1))
+    for key in graphs.planned:
+        if key.sees and key.tokens in (*_DECODE_ROWS, max_running):
+            graphs.compute(key)

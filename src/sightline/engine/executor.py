@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sightline.attention.backend import AttentionBackend, AttentionBatch, ForwardContext, KVCache
 from sightline.attention.cross import CrossAttentionBatch, PictureGroup
-from sightline.engine.cuda_graph import HostStep, StepGraphs
+from sightline.engine.cuda_graph import GraphKey, HostStep, StepGraphs
 from sightline.engine.encoder import Encoder, has_cross_attention
 from sightline.engine.memory import PAGE_SIZE
 from sightline.engine.prompt_logprobs import ScoredRows, score
@@ -114,7 +114,13 @@ class Executor:
 
     def capture(self, sizes: GraphSizes, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
         """Make graphs. Several ranks make all at once, because none may wait for another later."""
-        graphs = StepGraphs(
+        graphs = self.new_graphs(sizes)
+        graphs.capture(on_progress, whole=self.group.size > 1)
+        self.graphs = graphs
+
+    def new_graphs(self, sizes: GraphSizes) -> StepGraphs:
+        """None is captured yet."""
+        return StepGraphs(
             self.model,
             self.cache,
             self.backend,
@@ -122,8 +128,6 @@ class Executor:
             device=self.device,
             **sizes._asdict(),
         )
-        graphs.capture(on_progress, whole=self.group.size > 1)
-        self.graphs = graphs
 
     @contextmanager
     def threads(self, num_rows: int) -> Iterator[None]:
@@ -150,16 +154,18 @@ class Executor:
             image_rows, features = self._image_rows(plan.pictures)
             key = self._graph(plan)
             if self.graphs is not None and key is not None:
-                logits = self.graphs.run(key, host, newest, image_rows, features)
+                seen = [(group.rows, self._seen_features(group)) for group in plan.seen]
+                logits = self.graphs.run(key, host, newest, image_rows, features, seen)
                 return StepOutput(logits if host.sampled else None, [])
             return self._launch(plan, newest, image_rows, features)
 
-    def _graph(self, plan: StepPlan) -> tuple[int, int] | None:
-        """The graph of such a step, unless a row sees a picture beside the text or is scored."""
-        if self.graphs is None or plan.seen or plan.scored:
+    def _graph(self, plan: StepPlan) -> GraphKey | None:
+        """The graph of such a step, unless a row is scored."""
+        if self.graphs is None or plan.scored:
             return None
         host = plan.host
-        return self.graphs.key(len(host.ids), host.num_decode, len(host.q_lens), len(host.sampled))
+        num_seen = max((len(group.digests) for group in plan.seen), default=0)
+        return self.graphs.key(len(host.ids), host.num_decode, len(host.q_lens), len(host.sampled), num_seen)
 
     def _launch(
         self, plan: StepPlan, newest: Tensor | None, image_rows: Tensor | None, features: Tensor | None
@@ -210,9 +216,12 @@ class Executor:
         if not seen:
             return None
         index = np.concatenate([group.rows for group in seen])
-        groups = [PictureGroup(len(group.rows), tuple(map(self.features, group.digests))) for group in seen]
+        groups = [PictureGroup(len(group.rows), self._seen_features(group)) for group in seen]
         in_order = len(index) == num_rows and bool((index == np.arange(num_rows)).all())
         return CrossAttentionBatch(None if in_order else self._to_device(index, torch.int64), groups)
+
+    def _seen_features(self, group: SeenPictures) -> tuple[Tensor, ...]:
+        return tuple(map(self.features, group.digests))
 
     def _to_device(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)

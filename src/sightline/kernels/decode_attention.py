@@ -33,9 +33,22 @@ _MERGE = 16
 
 
 @triton.jit
-def _keys_of_a_split(kv_len, num_splits, BLOCK_N: tl.constexpr):
+def keys_of_a_split(kv_len, num_splits, BLOCK_N: tl.constexpr):
     """A multiple of BLOCK_N: the last splits of a short sequence are empty."""
     return tl.maximum(tl.cdiv(tl.cdiv(kv_len, num_splits), BLOCK_N), 1) * BLOCK_N
+
+
+@triton.jit
+def attend_block(queries, keys, values, present, scale, acc, top, total):
+    """(acc, top, total) of an online softmax in base 2 after a block of keys, of which those `present` count."""
+    scores = dot(queries, tl.trans(keys), tl.zeros([queries.shape[0], keys.shape[0]], tl.float32))
+    scores = tl.where(present[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    total = total * fade + tl.sum(weights, 1)
+    acc = dot(weights.to(values.dtype), values, acc * fade[:, None])
+    return acc, new_top, total
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_splits"], do_not_specialize_on_alignment=["page_table", "kv_lens"])
@@ -70,7 +83,7 @@ def _split_kernel(
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_len = tl.load(kv_lens + row)
     if SPLIT:
-        length = _keys_of_a_split(kv_len, num_splits, BLOCK_N)
+        length = keys_of_a_split(kv_len, num_splits, BLOCK_N)
         first = split * length
         end = tl.minimum(first + length, kv_len)
         if first >= kv_len:
@@ -102,14 +115,7 @@ def _split_kernel(
         slots = key_slots(table, positions, present, stride_page, stride_slot, PAGE_SIZE)
         keys = tl.load(k_base + slots[:, None] + dims[None, :], mask=key_mask, other=0.0)
         values = tl.load(v_base + slots[:, None] + dims[None, :], mask=key_mask, other=0.0)
-        scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_H, BLOCK_N], tl.float32))
-        scores = tl.where(present[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        acc = dot(weights.to(values.dtype), values, acc * fade[:, None])
-        top = new_top
+        acc, top, total = attend_block(queries, keys, values, present, scale, acc, top, total)
 
     if SPLIT:
         at = (row * tl.num_programs(1) * GROUP + head) * num_splits + split
@@ -139,7 +145,7 @@ def _merge_kernel(
     """Program (head, row): the mean of the live splits, weighted by 2 ** lse."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_len = tl.load(kv_lens + row)
-    live = tl.cdiv(kv_len, _keys_of_a_split(kv_len, num_splits, BLOCK_N))
+    live = tl.cdiv(kv_len, keys_of_a_split(kv_len, num_splits, BLOCK_N))
     base = (row * tl.num_programs(0) + head) * num_splits
     dims = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -230,7 +236,6 @@ def decode_attention(
     else:
         parts = lse = out
     group = num_heads // num_kv_heads
-    block_d = triton.next_power_of_2(max(head_dim, 16))
     _split_kernel[(splits, num_kv_heads, batch)](
         q,
         k_cache,
@@ -248,7 +253,7 @@ def decode_attention(
         *k_cache.stride()[:3],
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
+        BLOCK_D=triton.next_power_of_2(max(head_dim, 16)),
         BLOCK_H=max(16, triton.next_power_of_2(group)),
         BLOCK_N=how.block_n,
         PAGE_SIZE=page_size,
@@ -257,20 +262,30 @@ def decode_attention(
         num_stages=how.num_stages,
     )
     if split:
-        _merge_kernel[(num_heads, batch)](
-            parts,
-            lse,
-            out,
-            kv_lens,
-            splits,
-            *out.stride()[:2],
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_N=how.block_n,
-            BLOCK_S=_MERGE,
-            num_warps=4,
-        )
+        merge_splits(parts, lse, out, kv_lens, splits, how.block_n)
     return out
+
+
+def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, kv_lens: Tensor, splits: int, block_n: int) -> None:
+    """Write to out [B, num_heads, head_dim] what `splits` programs of each row and head found; zeros for a row without keys.
+
+    parts: float32 [B * num_heads * splits * head_dim], means of the values; lse: base 2 [B * num_heads * splits]. kv_lens: int32
+    [B], which with block_n tell how many splits had keys: only these are read.
+    """
+    batch, num_heads, head_dim = out.shape
+    _merge_kernel[(num_heads, batch)](
+        parts,
+        lse,
+        out,
+        kv_lens,
+        splits,
+        *out.stride()[:2],
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(max(head_dim, 16)),
+        BLOCK_N=block_n,
+        BLOCK_S=_MERGE,
+        num_warps=4,
+    )
 
 
 def decode_attention_reference(

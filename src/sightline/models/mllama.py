@@ -107,7 +107,7 @@ class CrossAttention(nn.Module):
         out[1].copy_(v)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x [R, hidden], rows that see something -> [R, hidden]."""
+        """x [R, hidden], the rows that `ctx.cross` gathers -> [R, hidden]."""
         assert ctx.cross is not None
         q = self.q_norm(self.q_proj(x).view(x.shape[0], -1, self.head_dim))
         return self.o_proj(ctx.backend.cross_forward(q, self.layer, ctx.cross).flatten(1))

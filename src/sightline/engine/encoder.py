@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sightline.engine.render import render
+from sightline.engine.threads import ComputeThreads
 from sightline.models import Encoding
 from sightline.parallel import SOLO, Group
 from sightline.types import ImageRef, Pixels
@@ -84,16 +85,24 @@ class EncoderGraphs:
 class Encoder:
     """Runs a model's vision tower, part by part. Pictures are divided among the ranks of a group, which all keep all of them.
 
-    graphs: see `EncoderGraphs`.
+    graphs: see `EncoderGraphs`. threads: those of a CPU.
 
     flops_per_second: how fast the device does it, measured at start; None where nobody has.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, group: Group = SOLO, graphs: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        group: Group = SOLO,
+        graphs: bool = False,
+        threads: ComputeThreads | None = None,
+    ) -> None:
         self._model: Any = model
         self._graphs = EncoderGraphs(model) if graphs and getattr(model, "static_encoder", False) else None
         self._device = device
         self._group = group
+        self._threads = threads
         self._cross_attention = has_cross_attention(model)
         self.flops_per_second: float | None = None
 
@@ -155,8 +164,9 @@ class Encoder:
     @contextmanager
     def _context(self) -> Iterator[None]:
         with torch.inference_mode():
-            if self._device.type != "cuda":
-                yield
+            if self._threads is not None:
+                with self._threads.all():
+                    yield
                 return
             with sdpa_kernel(_AT_ONCE, set_priority=True):
                 yield

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from sightline.engine.encoder import Encoder, has_cross_attention
 from sightline.engine.memory import PAGE_SIZE
 from sightline.engine.prompt_logprobs import ScoredRows, score
 from sightline.engine.sampler import Logprobs
+from sightline.engine.threads import ComputeThreads
 from sightline.parallel import Group
 
 # Multiply-adds of one MLP matrix below which a CPU step runs on one thread.
@@ -74,6 +75,7 @@ class Executor:
     """This rank's share of the model, its K/V pages, attention backend, encoder and graphs. Launches without waiting.
 
     features: the encoded picture of a digest; KeyError when there is none. graphs: of the steps that have one.
+    threads: those of a CPU.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Executor:
         encoder: Encoder,
         device: torch.device,
         features: Callable[[bytes], Tensor],
+        threads: ComputeThreads | None,
     ) -> None:
         self.model: Any = model
         self.group = group
@@ -94,6 +97,7 @@ class Executor:
         self.encoder = encoder
         self.device = device
         self.features = features
+        self._threads = threads
         self.graphs: StepGraphs | None = None
         self.cross_attention = has_cross_attention(model)
         config: Any = model.config
@@ -129,18 +133,11 @@ class Executor:
             **sizes._asdict(),
         )
 
-    @contextmanager
-    def threads(self, num_rows: int) -> Iterator[None]:
-        """One thread for steps so small that waking a second one for each operation takes longer than they do."""
-        if self.device.type != "cpu" or num_rows > self._serial_rows:
-            yield
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    def threads(self, num_rows: int) -> AbstractContextManager[None]:
+        """On a CPU, one thread for steps so small that waking a second one for each operation takes longer than they do."""
+        if self._threads is None:
+            return nullcontext()
+        return self._threads.one() if num_rows <= self._serial_rows else self._threads.all()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, newest: Tensor | None) -> StepOutput:

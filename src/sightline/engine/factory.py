@@ -33,6 +33,7 @@ from sightline.engine.peak import blank_pictures, encoder_rate, largest_picture,
 from sightline.engine.runner import ModelRunner
 from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import Scheduler, SchedulerConfig
+from sightline.engine.threads import ComputeThreads
 from sightline.engine.workers import Workers
 from sightline.errors import DeviceError, SettingError
 from sightline.models.loader import architecture, build_model, fill_model, model_class_and_config, read_config
@@ -113,6 +114,7 @@ def build_executor(
         torch.cuda.empty_cache()
     if config.num_threads is not None or config.num_ranks > 1:
         torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.num_ranks))
+    threads = ComputeThreads() if device.type == "cpu" else None
     torch.manual_seed(config.random_seed or 0)
     hf_config = read_config(model_dir)
     model: Any = build_model(model_dir, architecture(hf_config), dtype=dtype, device=device, group=group)
@@ -121,9 +123,10 @@ def build_executor(
         group,
         cache=step_cache(model.kv_spec, _max_step(config, device), dtype, device),
         backend=_backend(config.attention_backend, device),
-        encoder=Encoder(model, device, group, graphs=device.type == "cuda" and not config.disable_cuda_graph),
+        encoder=Encoder(model, device, group, device.type == "cuda" and not config.disable_cuda_graph, threads),
         device=device,
         features=VisionCache(0).get,
+        threads=threads,
     )
     with _compiling(config, model_dir, hf_config, executor):
         fill_model(model, model_dir, load_format=config.load_format, on_progress=on_progress)

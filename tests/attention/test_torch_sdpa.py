@@ -129,6 +129,26 @@ def test_decode_rows_of_equal_and_of_very_different_lengths() -> None:
     world.step([(sequences[1], 1)])
 
 
+def test_new_prompts_of_one_length_share_a_call() -> None:
+    world = World(4, 2, 0)
+    sequences = [world.add() for _ in range(8)]
+    world.step([(sequences[0], 7)])
+    # a decode row, three equally long ones, one with history between, two more, a longer one
+    lengths = (1, 12, 12, 12, 12, 12, 24)
+    history = world.add()
+    world.step([(history, 5)])
+    order = [sequences[0], *sequences[1:4], history, *sequences[4:6], sequences[6]]
+    world.step([(i, n) for i, n in zip(order, (*lengths[:4], 12, *lengths[4:]), strict=True)])
+    plan = world.backend._plan
+    assert plan is not None
+    assert [(part.first, part.end, part.count) for part in plan.prefill] == [
+        (1, 37, 3),
+        (37, 49, 1),
+        (49, 73, 2),
+        (73, 97, 1),
+    ]
+
+
 def test_one_long_sequence_does_not_pad_the_others() -> None:
     world = World(4, 2, 0)
     sequences = [world.add() for _ in range(6)]

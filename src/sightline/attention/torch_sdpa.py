@@ -42,11 +42,12 @@ class _Decode:
 
 @dataclass
 class _Prefill:
-    """Rows first..end of one sequence; `keys` is None when it has no history."""
+    """Rows first..end of one sequence, or of `count` equally long ones without history, for which `keys` is None."""
 
     first: int
     end: int
     keys: _Keys | None
+    count: int = 1
 
 
 @dataclass
@@ -58,7 +59,8 @@ class _Plan:
 
 
 class TorchSDPABackend(AttentionBackend):
-    """Decode rows of similar length in one call over gathered pages, prefill sequences one by one.
+    """Decode rows of similar length in one call over gathered pages, prefill sequences one by one, or in one call where neighbours
+    are equally long and new.
 
     Nothing outside a sequence's own first kv_len slots enters a product, not even beside a zero weight: padding reads the
     sequence's own first page, and gathered rows past its end are cleared, so that garbage in free or foreign pages cannot
@@ -92,7 +94,7 @@ class TorchSDPABackend(AttentionBackend):
         for part in plan.prefill:
             rows = slice(part.first, part.end)
             if part.keys is None:
-                outputs.append(_causal(q[rows], k[rows], v[rows]))
+                outputs.append(_causal(q[rows], k[rows], v[rows], part.count))
             else:
                 outputs.append(_chunk(q[rows], flat_k, flat_v, cache.page_size, part.keys))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -123,11 +125,11 @@ def _chunk(q: Tensor, flat_k: Tensor, flat_v: Tensor, page_size: int, keys: _Key
     return out.squeeze(0).transpose(0, 1)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [q_len, H, D], k, v [q_len, Hk, D] of one sequence without history: the cache need not be read."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+def _causal(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+    """q [count * q_len, H, D], k, v [count * q_len, Hk, D] of sequences without history: the cache need not be read."""
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.squeeze(0).transpose(0, 1)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _read(flat: Tensor, page_size: int, keys: _Keys) -> Tensor:
@@ -153,7 +155,11 @@ def _make_plan(batch: AttentionBatch, page_size: int, q: Tensor) -> _Plan:
     for i in range(batch.num_decode, len(batch.q_lens_cpu)):
         q_len, kv_len = batch.q_lens_cpu[i], batch.kv_lens_cpu[i]
         keys = None if q_len == kv_len else _chunk_keys(batch, i, page_size, q)
-        plan.prefill.append(_Prefill(first, first + q_len, keys))
+        last = plan.prefill[-1] if plan.prefill else None
+        if last is not None and last.keys is keys is None and last.end - last.first == last.count * q_len:
+            last.end, last.count = first + q_len, last.count + 1
+        else:
+            plan.prefill.append(_Prefill(first, first + q_len, keys))
         first += q_len
     return plan
 

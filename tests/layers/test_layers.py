@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import platform
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from sightline.layers.activation import quick_gelu, silu_and_mul
+from sightline.layers.activation import QUICK, quick_gelu, silu_and_mul
 from sightline.layers.embedding import Embedding, place_features
-from sightline.layers.linear import Linear, MergedLinear
+from sightline.layers.linear import Linear, MergedLinear, PatchLinear
 from sightline.layers.norm import LayerNorm, RMSNorm
 from sightline.layers.parameter import collect_slots
 from sightline.layers.rotary import MultimodalRotaryEmbedding, RotaryEmbedding, apply_rotary
@@ -65,6 +66,34 @@ def test_merged_linear_loads_by_slices() -> None:
     x = torch.randn(3, 8)
     expected = [F.linear(x, separate[f"{n}_proj.weight"], separate[f"{n}_proj.bias"]) for n in "qkv"]
     torch.testing.assert_close(block.qkv_proj(x), torch.cat(expected, dim=-1))
+
+
+@pytest.mark.parametrize(("rows", "out_features"), [(3, 40), (200, 40), (200, 1024)])
+def test_patch_linear_equals_the_plain_product(rows: int, out_features: int) -> None:
+    torch.manual_seed(0)
+    layer = PatchLinear(24, out_features, bias=True)
+    assert layer.bias is not None
+    layer.weight.normal_()
+    layer.bias.normal_()
+    # padded rows would send oneDNN to its reference code
+    assert layer.weight.t().is_contiguous()
+    x, residual = torch.randn(rows, 24), torch.randn(rows, out_features)
+    product = x.double() @ layer.weight.double().t()
+    expected = product + layer.bias
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
+    added = layer.add_product_to(residual.clone(), x)
+    torch.testing.assert_close(added.double(), product + residual, atol=1e-5, rtol=1e-5)
+    assert not layer.is_for_onednn(x.bfloat16())
+    if layer.is_for_onednn(x):
+        torch.testing.assert_close(layer.scaled_silu(x, QUICK).double(), F.silu(QUICK * expected), atol=1e-5, rtol=1e-5)
+    else:
+        assert rows == 3 or not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64")
+
+
+def test_weights_whose_columns_are_pages_apart_are_padded() -> None:
+    """Columns 4096 bytes apart share few sets of a cache."""
+    assert Linear(8, 2048).weight.stride() == (1, 2064)
+    assert Linear(8, 2000).weight.stride() == (1, 2000)
 
 
 def test_activations() -> None:

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
+QUICK = 1.702
+
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x): the sigmoid form of gelu (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
+    """x * sigmoid(QUICK x): the sigmoid form of gelu (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
     if x.is_cuda:
         from sightline.kernels.activation import quick_gelu as fused
 
         return fused(x)
-    return (x * 1.702).sigmoid_().mul_(x)
+    return (x * QUICK).sigmoid_().mul_(x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from sightline.attention.backend import ForwardContext
-from sightline.layers.activation import ACTIVATIONS
+from sightline.layers.activation import ACTIVATIONS, QUICK, quick_gelu
 from sightline.layers.block_attention import block_attention, block_flops
 from sightline.layers.embedding import OutputHead, place_features
-from sightline.layers.linear import Linear
+from sightline.layers.linear import Linear, PatchLinear
 from sightline.layers.norm import LayerNorm, RMSNorm
 from sightline.layers.parameter import Slot
 from sightline.layers.rotary import Rotary, inverse_frequencies, rotate_heads, tables
@@ -202,8 +202,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, bias=True)
-        self.proj = Linear(config.embed_dim, config.embed_dim, bias=True)
+        self.qkv = PatchLinear(config.embed_dim, 3 * config.embed_dim, bias=True)
+        self.proj = PatchLinear(config.embed_dim, config.embed_dim, bias=True)
 
     def forward(self, x: Tensor, residual: Tensor, rotary: Rotary, groups: Sequence[tuple[int, int]]) -> Tensor:
         """x, residual [N, E] -> residual + attention(x), all but the bias of `proj`. groups: (count, patches) of consecutive
@@ -221,8 +221,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.embed_dim, config.intermediate_size, bias=True)
-        self.fc2 = Linear(config.intermediate_size, config.embed_dim, bias=True)
+        self.fc1 = PatchLinear(config.embed_dim, config.intermediate_size, bias=True)
+        self.fc2 = PatchLinear(config.intermediate_size, config.embed_dim, bias=True)
         self.act = ACTIVATIONS[config.hidden_act]
 
     @property
@@ -232,6 +232,10 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x, residual [N, E] -> residual + mlp(x), all but the bias of `output`."""
+        if self.act is quick_gelu and self.fc1.is_for_onednn(x):
+            # QUICK * quick_gelu(y) is silu(QUICK * y)
+            inner = self.fc1.scaled_silu(x, QUICK)
+            return self.fc2.add_product_to(residual, inner.mul_(1.0 / QUICK))
         return self.fc2.add_product_to(residual, self.act(self.fc1(x)))
 
 
@@ -272,8 +276,8 @@ class PatchMerger(nn.Module):
         # named as in the checkpoint, where 1 is the activation
         self.mlp = nn.ModuleDict(
             {
-                "0": Linear(self.width, self.width, bias=True),
-                "2": Linear(self.width, config.hidden_size, bias=True),
+                "0": PatchLinear(self.width, self.width, bias=True),
+                "2": PatchLinear(self.width, config.hidden_size, bias=True),
             }
         )
 

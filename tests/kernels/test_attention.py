@@ -19,6 +19,7 @@ from sightline.kernels.decode_attention import (
 from sightline.kernels.prefill_attention import (
     prefill_attention,
     prefill_attention_reference,
+    prefill_splits,
     prefill_tile,
     prefill_tiles,
 )
@@ -133,20 +134,36 @@ def test_a_captured_decode_serves_other_lengths(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [*((shape, torch.float32) for shape in SHAPES), (SHAPES[2], torch.bfloat16), (SHAPES[1], torch.float16)],
+    ("shape", "dtype", "num_splits"),
+    [
+        *((shape, torch.float32, 1) for shape in SHAPES),
+        (SHAPES[2], torch.bfloat16, 1),
+        (SHAPES[1], torch.float16, 1),
+        (SHAPES[0], torch.float32, 4),
+        (SHAPES[2], torch.float32, 3),
+        (SHAPES[2], torch.bfloat16, 4),
+    ],
     ids=str,
 )
-def test_prefill(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_prefill(shape: tuple[int, int, int], dtype: torch.dtype, num_splits: int, device: torch.device) -> None:
+    """With splits of which some rows of a tile see nothing, too: those of 64 tokens behind 10."""
     num_heads, num_kv_heads, head_dim = shape
-    q_lens, kv_lens = [1, 15, 16, 17, 0, 12, 3], [1, 15, 16, 17, 0, 300, 130]
+    q_lens, kv_lens = [1, 15, 16, 17, 0, 12, 3, 64], [1, 15, 16, 17, 0, 300, 130, 74]
     paged = Paged(kv_lens, num_kv_heads, head_dim, dtype, device)
     q = queries(sum(q_lens), num_heads, head_dim, dtype, device)
     cu_seqlens = torch.tensor([0, *torch.tensor(q_lens).cumsum(0)], dtype=torch.int32, device=device)
     tile = prefill_tile(dtype, 0)
     tiles = torch.from_numpy(prefill_tiles(q_lens, kv_lens, group=num_heads // num_kv_heads, tile=tile)).to(device)
-    out = prefill_attention(q, paged.k, paged.v, cu_seqlens, paged.kv_lens, paged.table, tiles, tile=tile)
+    out = prefill_attention(
+        q, paged.k, paged.v, cu_seqlens, paged.kv_lens, paged.table, tiles, tile=tile, num_splits=num_splits
+    )
     check(out, prefill_attention_reference(q, paged.k, paged.v, cu_seqlens, paged.kv_lens, paged.table))
+
+
+def test_keys_of_a_chunk_are_split_where_its_tiles_do_not_fill_the_device() -> None:
+    tile = prefill_tile(torch.bfloat16, 0)
+    splits = [prefill_splits(n, 28, 4, tile, 132) for n in (1, 32, 145, 256, 400, 2000)]
+    assert splits == [16, 16, 3, 2, 1, 1]
 
 
 def test_tiles_cover_every_row_once_the_longest_walk_first() -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sightline.attention.backend import AttentionBackend, AttentionBatch, KVCache
 from sightline.attention.cross import CrossAttentionBatch, CrossDecodeBatch
+from sightline.kernels.common import multiprocessors
 from sightline.kernels.cross_attention import decode_cross_attention
 from sightline.kernels.decode_attention import decode_attention
-from sightline.kernels.prefill_attention import Tile, prefill_attention, prefill_tile, prefill_tiles
+from sightline.kernels.prefill_attention import Tile, prefill_attention, prefill_splits, prefill_tile, prefill_tiles
 from sightline.kernels.rope import rotate_and_write, write_kv
 
 
@@ -62,7 +63,10 @@ class TritonBackend(AttentionBackend):
         if decode:
             decode_attention(q[:decode], keys, values, batch.page_table, batch.kv_lens, out=out[:decode])
         cu_seqlens_q, kv_lens, page_table = batch.cu_seqlens_q, batch.kv_lens, batch.page_table
-        return prefill_attention(q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out)
+        splits = prefill_splits(q.shape[0], q.shape[1], keys.shape[2], tile, multiprocessors(q.device))
+        return prefill_attention(
+            q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out, num_splits=splits
+        )
 
     def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch | CrossDecodeBatch) -> Tensor:
         """See `AttentionBackend.cross_forward`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
@@ -25,3 +28,9 @@ def key_slots(page_table, positions, mask, stride_page, stride_slot, PAGE_SIZE: 
     where not `mask`."""
     page = tl.load(page_table + positions // PAGE_SIZE, mask=mask)
     return page.to(tl.int64) * stride_page + (positions % PAGE_SIZE) * stride_slot
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 on a CPU."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

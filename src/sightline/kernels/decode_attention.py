@@ -10,7 +10,6 @@ with other lengths and pages.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sightline.kernels.common import dot, key_slots
+from sightline.kernels.common import dot, key_slots, multiprocessors
 from sightline.kernels.prefill_attention import prefill_attention_reference
 
 _LOG2_E = math.log2(math.e)
@@ -168,11 +167,6 @@ def _merge_kernel(
     tl.store(out + at + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class Split(NamedTuple):
     """Keys that a program takes at once, and how it is compiled."""
 
@@ -190,7 +184,7 @@ def decode_split(dtype: torch.dtype, batch: int) -> Split:
 
 def decode_splits(batch: int, num_kv_heads: int, max_keys: int, block_n: int, device: torch.device) -> int:
     """Splits of each sequence so that `batch` of them fill the device. max_keys: of the longest that the table can hold."""
-    wanted = _PROGRAMS * _multiprocessors(device)
+    wanted = _PROGRAMS * multiprocessors(device)
     return max(1, min(_MAX_SPLITS, -(-wanted // (batch * num_kv_heads)), -(-max_keys // block_n)))
 
 

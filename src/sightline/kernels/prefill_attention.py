@@ -2,7 +2,8 @@
 
 The algorithm is FlashAttention-2's (Dao 2023, arXiv:2307.08691): a tile of queries walks over the keys with a running
 maximum and sum. A tile's rows are the query heads of one key head for a few consecutive tokens, so that a key is loaded
-once for all of them and few keys of a tile lie above the diagonal.
+once for all of them and few keys of a tile lie above the diagonal. Where tiles are too few for the device, as those of a short
+question behind a long conversation, the keys of each are split between programs, as in `kernels.decode_attention`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from sightline.kernels.common import dot, key_slots
 _LOG2_E = math.log2(math.e)
 # 1.5 large tiles for each of 132 multiprocessors.
 _MANY_ROWS = 50_000
+_MAX_SPLITS = 16
+# Blocks of keys that a program walks at least: with fewer, merging costs what they gain.
+_MIN_BLOCKS: tl.constexpr = tl.constexpr(4)
+# Rows of a tile merged by one program.
+_MERGE_ROWS = 16
 
 
 @triton.jit
@@ -40,6 +46,7 @@ def _walk(
     stride_page,
     stride_slot,
     MASKED: tl.constexpr,
+    SPLIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,16 +77,24 @@ def _walk(
             seen = (positions[None, :] <= limit[:, None]) & present[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        fade = tl.exp2(top - new_top)
+        # a row may see no key of its tile's last split
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top) if SPLIT and MASKED else new_top
+        weights = tl.exp2(scores * scale - shift[:, None])
+        fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(weights, 1)
         acc = dot(weights.to(v.dtype), v, acc * fade[:, None])
         top = new_top
     return acc, top, total
 
 
+@triton.jit
+def _keys_of_a_split(end, num_splits, BLOCK_N: tl.constexpr):
+    """A multiple of BLOCK_N: the last splits of few keys are empty."""
+    return tl.maximum(tl.cdiv(tl.cdiv(end, num_splits), BLOCK_N), _MIN_BLOCKS) * BLOCK_N
+
+
 @triton.jit(
-    do_not_specialize=["stride_table"],
+    do_not_specialize=["stride_table", "num_rows", "num_splits"],
     do_not_specialize_on_alignment=["tiles", "cu_seqlens_q", "kv_lens", "page_table"],
 )
 def _prefill_kernel(
@@ -87,11 +102,15 @@ def _prefill_kernel(
     k,
     v,
     out,
+    parts,
+    lse,
     tiles,
     cu_seqlens_q,
     kv_lens,
     page_table,
     scale,
+    num_rows,
+    num_splits,
     stride_table,
     q_stride_row,
     q_stride_head,
@@ -106,8 +125,9 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """Program (kv_head, tile)."""
+    """Program (kv_head, tile, split). What is in one split goes to `out`, the rest to `parts` [splits, rows, heads, HEAD_DIM]."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(0)
     sequence = tl.load(tiles + 2 * tl.program_id(1))
@@ -115,6 +135,17 @@ def _prefill_kernel(
     row0 = tl.load(cu_seqlens_q + sequence)
     q_len = tl.load(cu_seqlens_q + sequence + 1) - row0
     history = tl.load(kv_lens + sequence) - q_len
+    # every row sees the keys before `whole`; the tile's last row sees those before `end`
+    whole = (history + first + 1) // BLOCK_N * BLOCK_N
+    end = history + tl.minimum(first + TOKENS, q_len)
+    begin = 0
+    stop = end
+    if SPLIT:
+        length = _keys_of_a_split(end, num_splits, BLOCK_N)
+        begin = tl.program_id(2) * length
+        stop = tl.minimum(begin + length, end)
+        if begin >= end:
+            return
 
     m = tl.arange(0, BLOCK_M)
     token = first + m // GROUP
@@ -135,23 +166,84 @@ def _prefill_kernel(
     k_base = k + kv_head * stride_head
     v_base = v + kv_head * stride_head
     table = page_table + sequence.to(tl.int64) * stride_table
-    # every row sees the keys before `whole`; the tile's last row sees those before `end`
-    whole = (history + first + 1) // BLOCK_N * BLOCK_N
-    end = history + tl.minimum(first + TOKENS, q_len)
     limit = history + token
     acc, top, total = _walk(
-        acc, top, total, queries, k_base, v_base, table, 0, whole, limit, scale,
-        stride_page, stride_slot, False, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
+        acc, top, total, queries, k_base, v_base, table, begin, tl.minimum(whole, stop), limit, scale,
+        stride_page, stride_slot, False, SPLIT, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
     )  # fmt: skip
     acc, top, total = _walk(
-        acc, top, total, queries, k_base, v_base, table, whole, end, limit, scale,
-        stride_page, stride_slot, True, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
+        acc, top, total, queries, k_base, v_base, table, tl.maximum(whole, begin), stop, limit, scale,
+        stride_page, stride_slot, True, SPLIT, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
     )  # fmt: skip
+    if SPLIT:  # noqa: SIM102 (one is for the compiler, the other for the device)
+        if stop - begin < end:
+            at = (tl.program_id(2) * num_rows + row) * (tl.num_programs(0) * GROUP) + head
+            result = acc / tl.where(total > 0, total, 1.0)[:, None]
+            tl.store(parts + at[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
+            tl.store(lse + at, top + tl.log2(total), mask=live)
+            return
     tl.store(
         out + (row * out_stride_row + head * out_stride_head)[:, None] + dims[None, :],
         (acc / total[:, None]).to(out.dtype.element_ty),
         mask=mask,
     )
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "num_splits"],
+    do_not_specialize_on_alignment=["tiles", "cu_seqlens_q", "kv_lens"],
+)
+def _merge_kernel(
+    out,
+    parts,
+    lse,
+    tiles,
+    cu_seqlens_q,
+    kv_lens,
+    num_rows,
+    num_splits,
+    out_stride_row,
+    out_stride_head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Program (kv_head, tile, BLOCK_R of its rows): the mean of the splits of a tile with several, weighted by 2 ** lse."""
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    sequence = tl.load(tiles + 2 * tl.program_id(1))
+    first = tl.load(tiles + 2 * tl.program_id(1) + 1)
+    row0 = tl.load(cu_seqlens_q + sequence)
+    q_len = tl.load(cu_seqlens_q + sequence + 1) - row0
+    end = tl.load(kv_lens + sequence) - q_len + tl.minimum(first + TOKENS, q_len)
+    num_parts = tl.cdiv(end, _keys_of_a_split(end, num_splits, BLOCK_N))
+    if num_parts <= 1:
+        return
+    m = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    token = first + m // GROUP
+    head = tl.program_id(0) * GROUP + m % GROUP
+    dims = tl.arange(0, BLOCK_D)
+    live = (m < TOKENS * GROUP) & (token < q_len)
+    mask = live[:, None] & (dims < HEAD_DIM)[None, :]
+    row = (row0 + token).to(tl.int64)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    # the first split has keys for every row
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for split in range(num_parts):
+        at = (split * num_rows + row) * (tl.num_programs(0) * GROUP) + head
+        sums = tl.load(lse + at, mask=live, other=0.0)
+        values = tl.load(parts + at[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, sums)
+        weights = tl.exp2(sums - new_top)
+        fade = tl.exp2(top - new_top)
+        acc = acc * fade[:, None] + values * weights[:, None]
+        total = total * fade + weights
+        top = new_top
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (row * out_stride_row + head * out_stride_head)[:, None] + dims[None, :], result, mask=mask)
 
 
 class Tile(NamedTuple):
@@ -188,6 +280,12 @@ def prefill_tiles(q_lens: Sequence[int], kv_lens: Sequence[int], *, group: int, 
     return np.stack([sequence, first], axis=1)[order]
 
 
+def prefill_splits(num_rows: int, num_heads: int, num_kv_heads: int, tile: Tile, multiprocessors: int) -> int:
+    """Programs that share the keys of each tile, so that chunks of num_rows rows in all fill so many multiprocessors."""
+    num_tiles = -(-num_rows // (tile.block_m // (num_heads // num_kv_heads)))
+    return max(1, min(_MAX_SPLITS, multiprocessors // (num_tiles * num_kv_heads)))
+
+
 def prefill_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -199,44 +297,75 @@ def prefill_attention(
     *,
     tile: Tile,
     out: Tensor | None = None,
+    num_splits: int = 1,
 ) -> Tensor:
     """q [T, num_heads, head_dim] -> the same shape; row r of sequence i sees keys 0 .. kv_len - q_len + r.
 
     k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]. cu_seqlens_q: int32 [B + 1], offsets into q; kv_lens:
     int32 [B]; page_table: int32 [B, P]; tiles: `prefill_tiles` of the same lengths and `tile`, on the device. out: written
     instead of a new tensor, rows of no tile stay as they are. The last axis of every tensor must be contiguous. Scale is
-    head_dim ** -0.5.
+    head_dim ** -0.5. num_splits: see `prefill_splits`.
     """
-    _, num_heads, head_dim = q.shape
+    num_rows, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if tiles.shape[0] == 0:
         return out
     assert k_cache.stride() == v_cache.stride()
-    _prefill_kernel[(num_kv_heads, tiles.shape[0])](
+    parts = lse = out
+    if num_splits > 1:
+        size = num_splits * num_rows * num_heads
+        workspace = torch.empty(size * (head_dim + 1), dtype=torch.float32, device=q.device)
+        parts, lse = workspace[: size * head_dim], workspace[size * head_dim :]
+    block_d = triton.next_power_of_2(max(head_dim, 16))
+    _prefill_kernel[(num_kv_heads, tiles.shape[0], num_splits)](
         q,
         k_cache,
         v_cache,
         out,
+        parts,
+        lse,
         tiles,
         cu_seqlens_q,
         kv_lens,
         page_table,
         head_dim**-0.5 * _LOG2_E,
+        num_rows,
+        num_splits,
         page_table.stride(0),
         *q.stride()[:2],
         *out.stride()[:2],
         *k_cache.stride()[:3],
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(max(head_dim, 16)),
+        BLOCK_D=block_d,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         PAGE_SIZE=page_size,
+        SPLIT=num_splits > 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    if num_splits > 1:
+        _merge_kernel[(num_kv_heads, tiles.shape[0], -(-tile.block_m // _MERGE_ROWS))](
+            out,
+            parts,
+            lse,
+            tiles,
+            cu_seqlens_q,
+            kv_lens,
+            num_rows,
+            num_splits,
+            *out.stride()[:2],
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_R=_MERGE_ROWS,
+            num_warps=4,
+        )
     return out
 
 

@@ -23,7 +23,7 @@ _AT_ONCE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 
 # Features of a batch that graphs are worth; a larger one keeps the device busy for longer than its launches take.
-_MAX_GRAPH_FEATURES = 4096
+MAX_GRAPH_FEATURES = 4096
 _MAX_SHAPES = 64
 
 
@@ -111,7 +111,7 @@ class Encoder:
         [features, hidden] for each picture, to be `kept` or exchanged."""
         with self._context():
             on_device = [self._upload(p) for p in pixels]
-            small = sum(image.num_tokens for image in images) <= _MAX_GRAPH_FEATURES
+            small = sum(image.num_tokens for image in images) <= MAX_GRAPH_FEATURES
             how = self._graphs if self._graphs is not None and small else self._model
             parts = how.encoding(on_device, [image.grid for image in images])
         while True:

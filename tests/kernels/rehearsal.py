@@ -104,7 +104,7 @@ def main() -> None:
     model: Any = build_model(model_dir, name, dtype=torch.bfloat16, device=meta)
     executor = Executor(
         model, SOLO, cache=step_cache(model.kv_spec, MAX_STEP, torch.bfloat16, meta), backend=TritonBackend(),
-        encoder=Encoder(model, meta), device=meta, features=VisionCache(0).get,
+        encoder=Encoder(model, meta), device=meta, features=VisionCache(0).get, threads=None,
     )  # fmt: skip
     compiled: list[str] = []
     compile_kernel = triton.compiler.compile

@@ -21,7 +21,9 @@ _DECODER_NICENESS = 10
 def _give_way() -> None:
     """This thread, from now on, takes what the others of this machine leave. (On Linux a priority is a thread's own.)"""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + _DECODER_NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, min(niceness, 19))
 
 
 class DecodeBudget:

@@ -12,6 +12,7 @@ import argparse
 import base64
 import contextlib
 import io
+import os
 import random
 import statistics
 import sys
@@ -167,7 +168,7 @@ def describe(result: Comparison) -> str:
     print(facts, file=out)
     print(
         f"{plan.num_threads} threads, {plan.dtype}, one {plan.image_size}x{plan.image_size} JPEG per request, "
-        f"{plan.num_tokens} new tokens, greedy; median (lowest to highest) of {plan.rounds} rounds\n",
+        f"{plan.num_tokens} new tokens, greedy; median (lowest to highest) of {plan.rounds} rounds; {_placement(plan)}\n",
         file=out,
     )
     rows = [
@@ -197,6 +198,14 @@ def describe(result: Comparison) -> str:
     )
     print(f"\nequal greedy answers, token by token: {result.equal_answers} of {result.compared_answers}", file=out)
     return out.getvalue()
+
+
+def _placement(plan: Plan) -> str:
+    if bound := os.environ.get("OMP_PROC_BIND"):
+        return f"OMP_PROC_BIND={bound} on both sides"
+    if plan.num_threads == 2 and sys.platform == "linux":
+        return "sightline holds its two threads on two cores (OMP_PROC_BIND=true is the like for both sides)"
+    return "threads run where the system puts them"
 
 
 def main(argv: list[str] | None = None) -> int:

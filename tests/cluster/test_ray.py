@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
@@ -151,6 +152,23 @@ def test_a_replica_on_two_nodes(second_node: None, deploy: Deploy) -> None:
     (engine,) = [process for process in engines() if Path(process.cmdline()[-1], "meeting.json").exists()]
     engine.parent().kill()
     assert psutil.wait_procs([engine, another], timeout=10)[1] == []
+
+
+def test_a_node_that_fails_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... with its error, and nothing is left of the replica."""
+    from sightline.errors import ModelNotFoundError
+    from sightline.serve import ray as ours
+
+    async def fail() -> None:
+        raise ModelNotFoundError("there is no such model on this node")
+
+    monkeypatch.setattr(ours.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(ours, "_start_nodes", lambda config: [asyncio.ensure_future(fail())])
+    settings = ours.RayConfig(device="cpu", tp_size=2, nnodes=2).server_config().model_dump(mode="json")
+    server = object.__new__(ours.Server)
+    with pytest.raises(ModelNotFoundError, match="no such model on this node"):
+        asyncio.run(server.__init__(settings))
+    assert not [process for process in psutil.Process().children() if "sightline.engine.process" in process.cmdline()]
 
 
 EXAMPLES = {"serve.yaml": 1, "rayservice.yaml": 1, "rayservice-two-nodes.yaml": 2}

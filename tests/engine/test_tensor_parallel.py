@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from sightline import Engine, SamplingParams
 from sightline.config import EngineConfig
@@ -299,6 +300,20 @@ def test_the_offline_engine_has_ranks_too() -> None:
         answer = engine.generate("What", sampling=SamplingParams(max_tokens=5, ignore_eos=True))
         assert not isinstance(answer, list)
         assert len(answer.outputs[0].token_ids) == 5
+
+
+def test_ranks_that_found_other_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = workers.Workers.connect
+    monkeypatch.setattr(workers.Workers, "connect", lambda self, device: connect(self, torch.device("meta")))
+    with pytest.raises(DeviceError, match="rank 1 found cpu, and rank 0 meta"), driver(tiny.qwen2_vl(), 2, tmp_path):
+        pass
+
+
+def test_an_engine_is_node_0() -> None:
+    with pytest.raises(SettingError, match="an Engine is node 0"):
+        Engine(tiny.qwen2_vl(), tp_size=2, nnodes=2, node_rank=1)
+    with pytest.raises(SettingError, match="--nnodes 2: --tp-size 1 cannot be divided"):
+        Engine(tiny.qwen2_vl(), nnodes=2)
 
 
 @pytest.mark.parametrize("size", [3, 8])

@@ -36,9 +36,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+SIZES = {"max_total_tokens": 8192, "max_running_requests": 8, "chunked_prefill_size": 2048}
+
+
 def start(family: str, device: str, dtype: torch.dtype, **settings: Any) -> Engine:
-    settings = {"max_total_tokens": 8192, "max_running_requests": 8, "chunked_prefill_size": 2048, **settings}
-    return Engine(FAMILIES[family].make(), device=device, dtype=str(dtype).removeprefix("torch."), **settings)
+    return Engine(
+        FAMILIES[family].make(), device=device, dtype=str(dtype).removeprefix("torch."), **{**SIZES, **settings}
+    )
 
 
 def ask(engine: Engine, family: str, talks: dict[str, Messages]) -> list[RequestOutput]:

@@ -115,6 +115,13 @@ def test_an_intruder_is_refused_and_changes_nothing(serving: Nodes) -> None:
             assert why in intruder.log()
             assert "Traceback" not in intruder.log()
     assert not any(socket.poll(0) for socket in (strange, plain, half))
+    # one that knows the secret, and nothing else
+    friend = context.socket(zmq.DEALER)
+    Keys(SECRET).connect(friend)
+    friend.connect(f"tcp://{serving.address}")
+    friend.send(b"anything")
+    assert friend.poll(5000)
+    assert b"a node speaks otherwise than sightline" in friend.recv()
     context.destroy(linger=0)
     assert answer(serving.server.base_url, ["still there?"])["usage"]["completion_tokens"] == 12
 

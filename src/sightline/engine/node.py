@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import zmq
 
+import sightline
 from sightline import hub
 from sightline.config import ServerConfig
 from sightline.engine.node_link import (
@@ -147,8 +149,11 @@ class _Link:
         ready = dict(self._poller.poll(_POLL_MS))
         if self._socket in ready:
             data = self._socket.recv()
-            # an empty one only asks whether we are there
-            return decode_to_node(data) if data else None
+            try:
+                # an empty one only asks whether we are there
+                return decode_to_node(data) if data else None
+            except msgspec.MsgspecError as error:
+                raise SettingError(f"node 0 speaks otherwise than sightline {sightline.__version__}.") from error
         return self._monitor.next() if ready else None
 
     def send(self, message: Join | RankEnded) -> None:

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+import sightline
 from sightline.config import EngineConfig
 from sightline.engine.node_link import (
     DOMAIN,
@@ -111,7 +113,14 @@ class Nodes:
     def _listen(self, meeting: Meeting) -> None:
         if self._socket.poll(_POLL_MS):
             identity, data = self._socket.recv_multipart()
-            match message := decode_from_node(data):
+            try:
+                message = decode_from_node(data)
+            except msgspec.MsgspecError:
+                self._refuse(
+                    identity, f"a node speaks otherwise than sightline {sightline.__version__}, which node 0 has."
+                )
+                return
+            match message:
                 case Join():
                     self._admit(identity, message, meeting)
                 case RankEnded():
@@ -127,14 +136,16 @@ class Nodes:
         if problem is None and join.node not in self._missing:
             problem = "there is one already"
         if problem is not None:
-            error = SettingError(f"node {join.node} cannot take part: {problem}.")
-            logger.error("%s", error)
-            self._tell(identity, End(error.exit_code, str(error)))
+            self._refuse(identity, f"node {join.node} cannot take part: {problem}.")
             return
         logger.info("node %d is there", join.node)
         self._missing.remove(join.node)
         self._identities[join.node] = identity
         self._tell(identity, Start(meeting))
+
+    def _refuse(self, identity: bytes, why: str) -> None:
+        logger.error("%s", why)
+        self._tell(identity, End(SettingError.exit_code, why))
 
     def _tell(self, identity: bytes, message: ToNode) -> None:
         self._socket.send_multipart([identity, encode(message)])

@@ -24,6 +24,7 @@ from PIL import Image
 from sightline import demo, hub
 from sightline.config import EngineConfig
 from sightline.engine.client import AsyncEngine
+from sightline.engine.node_link import check_nodes
 from sightline.engine.output import CompletionOutput, OutputDelta, RequestOutput
 from sightline.errors import SettingError
 from sightline.prompt.grammar import check_in_time
@@ -59,6 +60,9 @@ class Engine:
             raise SettingError(
                 "dp_size: an Engine is one engine; `sightline serve --dp-size` has several behind one port."
             )
+        if self.config.node_rank:
+            raise SettingError("node_rank: an Engine is node 0; on the others, run `sightline serve` with --node-rank.")
+        check_nodes(self.config)
         self._ids = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sightline-loop", daemon=True)

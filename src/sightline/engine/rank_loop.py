@@ -61,7 +61,7 @@ def run_rank(run_dir: Path, rank: int) -> int:
         socket.send(encode(Fatal(error.exit_code, str(error))))
         zmq.Context.instance().destroy(linger=1000)
         return error.exit_code
-    socket.send(encode(Loaded()))
+    socket.send(encode(Loaded(executor.device.type)))
     group.connect(meeting.store, executor.device)
     _Loop(executor, socket).run()
     return 0

@@ -79,7 +79,9 @@ class TellProgress(msgspec.Struct, tag=True):
 
 
 class Loaded(msgspec.Struct, tag=True):
-    """The weights are there; from here on the rank takes part in collectives."""
+    """The weights are there, on a device of this kind; from here on the rank takes part in collectives."""
+
+    device: str
 
 
 class Encoded(msgspec.Struct, tag=True):

@@ -42,7 +42,7 @@ from sightline.engine.rank_messages import (
     encode,
 )
 from sightline.engine.setup import Meeting, start_rank
-from sightline.errors import EngineError, RankError, StartupError, startup_error
+from sightline.errors import DeviceError, EngineError, RankError, StartupError, startup_error
 from sightline.models import Encoding
 from sightline.parallel import Group
 from sightline.types import Fatal, ImageRef, Pixels
@@ -114,7 +114,11 @@ class Workers:
         """Wait until all have their weights, watch them from then on, and meet them. Raises the `StartupError` that one
         died of."""
         for rank in range(1, len(self._sockets) + 1):
-            self._answer(rank, Loaded)
+            found = self._answer(rank, Loaded).device
+            if found != device.type:
+                raise DeviceError(
+                    f"rank {rank} found {found}, and rank 0 {device.type}; say --device, or use other machines."
+                )
         self._loaded = True
         if self._lost is not None:
             raise self._lost

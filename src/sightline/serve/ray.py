@@ -201,9 +201,14 @@ class Server:
         self._lifecycle = Lifecycle(_with_model(config), demo=not config.model)
         self._nodes = _start_nodes(config) if config.nnodes > 1 else []
         loading = asyncio.ensure_future(self._lifecycle.load())
-        for ended in (await asyncio.wait([loading, *self._nodes], return_when=asyncio.FIRST_COMPLETED))[0]:
-            ended.result()
-        await loading
+        try:
+            for ended in (await asyncio.wait([loading, *self._nodes], return_when=asyncio.FIRST_COMPLETED))[0]:
+                ended.result()
+            await loading
+        except Exception:
+            loading.cancel()
+            await self._lifecycle.close()
+            raise
         self._app = create_app(self._lifecycle)
         self._watching = asyncio.ensure_future(self._watch())
 

@@ -165,7 +165,12 @@ def test_a_node_that_fails_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ours.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setattr(ours, "_start_nodes", lambda config: [asyncio.ensure_future(fail())])
     settings = ours.RayConfig(device="cpu", tp_size=2, nnodes=2).server_config().model_dump(mode="json")
-    server = object.__new__(ours.Server)
+
+    class Replica(ours.Server):
+        def __del__(self) -> None:  # type: ignore[override]
+            """Ray awaits the other one."""
+
+    server = object.__new__(Replica)
     with pytest.raises(ModelNotFoundError, match="no such model on this node"):
         asyncio.run(server.__init__(settings))
     assert not [process for process in psutil.Process().children() if "sightline.engine.process" in process.cmdline()]

@@ -84,6 +84,7 @@ class Workers:
         self._sockets: list[zmq.Socket[bytes]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._group = group
+        self._parent = os.getppid()
         self._forgotten: list[bytes] = []
         self._num_encodings = 0
         self._loaded = False
@@ -235,7 +236,9 @@ class Workers:
         return message
 
     def _death(self) -> StartupError | None:
-        """Why one of them is no more, if one is."""
+        """Why one of them is no more, or nobody waits for them."""
+        if os.getppid() != self._parent:
+            return StartupError("the server is gone")
         for rank, process in enumerate(self._processes, start=1):
             if (code := process.poll()) is not None:
                 return StartupError(f"rank {rank} ended with exit code {code}")

@@ -159,21 +159,28 @@ def test_a_node_that_fails_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> No
     from sightline.errors import ModelNotFoundError
     from sightline.serve import ray as ours
 
-    async def fail() -> None:
-        raise ModelNotFoundError("there is no such model on this node")
+    engines: list[psutil.Process] = []
 
-    monkeypatch.setattr(ours.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(ours, "_start_nodes", lambda config: [asyncio.ensure_future(fail())])
-    settings = ours.RayConfig(device="cpu", tp_size=2, nnodes=2).server_config().model_dump(mode="json")
+    async def fail() -> None:
+        while not engines:
+            await asyncio.sleep(0.05)
+            engines[:] = [p for p in psutil.Process().children() if "sightline.engine.process" in p.cmdline()]
+        raise ModelNotFoundError("there is no such model on this node")
 
     class Replica(ours.Server):
         def __del__(self) -> None:  # type: ignore[override]
             """Ray awaits the other one."""
 
-    server = object.__new__(Replica)
-    with pytest.raises(ModelNotFoundError, match="no such model on this node"):
-        asyncio.run(server.__init__(settings))
-    assert not [process for process in psutil.Process().children() if "sightline.engine.process" in process.cmdline()]
+    async def start() -> None:
+        settings = ours.RayConfig(device="cpu", tp_size=2, nnodes=2).server_config().model_dump(mode="json")
+        with pytest.raises(ModelNotFoundError, match="no such model on this node"):
+            await object.__new__(Replica).__init__(settings)
+        assert psutil.wait_procs(engines, timeout=5)[1] == []
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr(ours.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(ours, "_start_nodes", lambda config: [asyncio.ensure_future(fail())])
+    asyncio.run(start())
 
 
 EXAMPLES = {"serve.yaml": 1, "rayservice.yaml": 1, "rayservice-two-nodes.yaml": 2}

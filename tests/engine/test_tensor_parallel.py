@@ -248,6 +248,24 @@ def test_a_step_that_fails_alike_on_all_ranks_ends_only_the_request_that_breaks_
         assert (tokens["first"], tokens["last"]) == (expected, expected)
 
 
+@pytest.mark.parametrize(("came", "in_step"), [([5, 5], True), ([5, 4], False), ([6, 5], False), ([5, None], False)])
+def test_ranks_are_in_step_when_all_have_begun_the_same_collectives(came: list[int | None], in_step: bool) -> None:
+    """GPUs do not wait for each other where a collective is begun, so other counts can be answered. None: no answer."""
+    rank_0: Any = object.__new__(workers.Workers)
+    rank_0._group = SimpleNamespace(num_collectives=5)
+    told: list[bytes] = []
+    rank_0._sockets = [
+        SimpleNamespace(
+            send=told.append,
+            poll=lambda milliseconds, count=count: count is not None,
+            recv=lambda count=count: messages.encode(messages.Progress(count)),
+        )
+        for count in came
+    ]
+    assert rank_0._in_step() == in_step
+    assert [messages.decode_to_rank(data) for data in told] == [messages.TellProgress()] * 2
+
+
 def test_pictures_are_divided_by_their_size() -> None:
     assert divide([5, 9, 4, 1], 2) == [1, 0, 1, 0]
     assert divide([7], 4) == [0]

@@ -267,6 +267,41 @@ def test_a_replica_dies_under_load_and_nothing_is_lost(deploy: Deploy) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_a_replica_dies_between_the_head_and_the_body_of_an_answer(kind: str) -> None:
+    from ray.exceptions import RayActorError
+
+    from sightline.serve.ray import PassOn
+
+    class Dying:
+        def options(self, **options: Any) -> Any:
+            return self
+
+        def remote(self, call: Any) -> Any:
+            return self
+
+        async def __aiter__(self) -> Any:
+            yield {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind.encode())]}
+            raise RayActorError
+
+        def cancel(self) -> None:
+            pass
+
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+    asyncio.run(PassOn(Dying(), max_body=100)(scope, receive, send))
+    start, body = sent
+    assert start["status"] == (503 if kind == "application/json" else 200)
+    assert b'"code":"engine_lost"' in body["body"]
+
+
 def test_scales_up_and_down_under_load_without_an_error(deploy: Deploy) -> None:
     url = deploy(
         autoscaling_config={

@@ -340,13 +340,21 @@ class PassOn:
         if scope["path"] in ("/livez", "/v2/health/live"):
             await _send(send, 200, [(b"content-type", b"application/json")], b'{"status":"alive"}')
             return
+        held: list[dict[str, Any]] = []
         started: list[dict[str, Any]] = []
 
         async def send_noting(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                started.append(message)
                 # Ray's proxy puts it there itself.
                 message = {**message, "headers": [h for h in message["headers"] if h[0] != b"x-request-id"]}
+                if not _is_stream(message):
+                    # it goes with the body: until then, a replica's death can be said
+                    held.append(message)
+                    return
+                started.append(message)
+            elif held:
+                started.append(held.pop())
+                await send(started[0])
             await send(message)
 
         try:
@@ -407,7 +415,11 @@ async def _tell(error: Exception, started: list[dict[str, Any]], send: Send) -> 
         response = error_response(error)
         await _send(send, response.status_code, response.raw_headers, bytes(response.body))
         return
-    if not dict(started[0]["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):
+    if not _is_stream(started[0]):
         raise error
     event = b"data: " + msgspec.json.encode(error_body(error)) + b"\n\n"
     await send({"type": "http.response.body", "body": event})
+
+
+def _is_stream(start: dict[str, Any]) -> bool:
+    return dict(start["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")

@@ -61,6 +61,7 @@ terminate_process(server)
 | a chat template for pictures | `--chat-template` needed for some models | the checkpoint's own, or its family's when that has no place for pictures |
 | fields that are not implemented | ignored | a 400 that names them |
 | `GET /v1/models/{name}` | missing in vLLM | there |
+| one model on several machines | SGLang's `--nnodes`, `--node-rank`, `--dist-init-addr` | the same flags, and a secret, without which the start ends: `SIGHTLINE_DIST_SECRET`. [Operations](operations.md#one-model-on-several-machines) |
 """
 
 ENDPOINTS = """

@@ -22,6 +22,7 @@ from sightline.cache.page_pool import PagePool
 from sightline.cache.radix import RadixCache
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import EngineCore, Sampled
+from sightline.engine.encode_queue import EncodeQueue
 from sightline.engine.request import Request
 from sightline.engine.scheduler import ScheduledRow, Scheduler, SchedulerConfig
 from sightline.models import Encoding
@@ -266,6 +267,7 @@ class Workload:
     encoder_parts: int
     encoder_slice: float | None
     encode_beside: bool
+    more_is_large: int
     beside_text: bool
     num_requests: int
     fault_rate: float
@@ -300,6 +302,7 @@ class Workload:
             encoder_parts=rng.choice([0, 1, 4]),
             encoder_slice=rng.choice([None, 1.0, 3.0]),
             encode_beside=rng.random() < 0.5,
+            more_is_large=rng.choice([0, 8, 100]),
             beside_text=rng.random() < 0.3,
             num_requests=rng.randint(3, 24),
             fault_rate=rng.choice([0.0, 0.0, 0.05]),
@@ -386,6 +389,7 @@ class Simulation:
         self.delivered: list[TokenEvent] = []
         if work.overlap:
             self.core.deliver = self.delivered.extend
+        self.core._pictures = EncodeQueue(self.runner, self.scheduler.wants, work.more_is_large)
         self.choices: dict[tuple[str, int], Choice] = {}
         self.previous: list[list[list[int] | int]] = []
         self.pixels_due: list[tuple[int, bytes, str]] = []
@@ -495,12 +499,13 @@ class Simulation:
 
     def _step(self) -> None:
         before, in_flight = self.runner.num_steps, self.core._flight is not None
+        encodes = bool(self.core._pictures)
         events = self.core.step()
         events = [*self.delivered, *events]
         self.delivered.clear()
         self._receive(events)
         # A loop that believes a stalled engine busy would spin; the reverse would sleep for ever.
-        tried = in_flight or self.runner.num_steps > before or any(isinstance(e, TokenEvent) for e in events)
+        tried = in_flight or encodes or self.runner.num_steps > before or any(isinstance(e, TokenEvent) for e in events)
         assert self.core.stalled == (not tried)
         if self.core.stalled:
             assert any(self._is_live(r) for _, _, r in self.pixels_due), (

@@ -58,36 +58,62 @@ class Recorder:
         return [Sampled(1)] * step
 
 
-def steps_while_encoding(num_features: int) -> list[Step]:
-    """One request decodes, a picture of so many features arrives, and prompts of text all the time."""
-    runner = Recorder()
-    config = SchedulerConfig(
-        page_size=16,
-        max_step_tokens=4096,
-        max_mixed_tokens=64,
-        max_running=256,
-        max_encode_tokens=1024,
-        image_token_bytes=1,
-    )
-    scheduler = Scheduler(config, PagePool(4001), None, VisionCache(1 << 20), encode_beside=True)
-    core = EngineCore(scheduler, runner, eos_token_ids=[], context_length=8192)  # type: ignore[arg-type]
+class World:
+    """A core over a `Recorder`, with room for so many features."""
 
-    def add(name: str, length: int, images: tuple[ImageRef, ...] = ()) -> None:
+    def __init__(self, num_features: int) -> None:
+        config = SchedulerConfig(
+            page_size=16,
+            max_step_tokens=4096,
+            max_mixed_tokens=64,
+            max_running=256,
+            max_encode_tokens=1024,
+            image_token_bytes=1,
+        )
+        self.runner = Recorder()
+        self.scheduler = Scheduler(config, PagePool(4001), None, VisionCache(num_features), encode_beside=True)
+        self.core = EngineCore(self.scheduler, self.runner, eos_token_ids=[], context_length=8192)  # type: ignore[arg-type]
+
+    def add(self, name: str, length: int, *images: ImageRef) -> None:
+        """A prompt of so many tokens, with its pictures' pixels."""
         ids = ids_to_bytes(np.zeros(length, np.int32))
         sampling = SamplingParams(max_tokens=100, ignore_eos=True)
-        core.add(EngineRequest(request_id=name, input_ids=ids, sampling=sampling, images=images))
+        self.core.add(EngineRequest(request_id=name, input_ids=ids, sampling=sampling, images=images))
+        for image in images:
+            self.core.put_pixels(image.digest, "pixels")
 
+
+def steps_while_encoding(num_features: int) -> list[Step]:
+    """One request decodes, a picture of so many features arrives, and prompts of text all the time."""
+    world = World(1 << 20)
     picture = ImageRef(b"p" * 32, 1, num_features, (1, 1, num_features))
-    add("decodes", 8)
-    core.step()
-    add("with a picture", num_features + 2, (picture,))
-    core.put_pixels(picture.digest, "pixels")
+    world.add("decodes", 8)
+    world.core.step()
+    world.add("with a picture", num_features + 2, picture)
     for number in range(40):
-        add(f"text {number}", 50)
-    first = len(runner.steps)
-    while not scheduler.vision_cache.is_filled(picture.digest):
-        core.step()
-    return runner.steps[first:]
+        world.add(f"text {number}", 50)
+    first = len(world.runner.steps)
+    while not world.scheduler.vision_cache.is_filled(picture.digest):
+        world.core.step()
+    return world.runner.steps[first:]
+
+
+def test_a_picture_that_is_half_encoded_for_nobody_makes_room_for_the_next():
+    """Its request went, and nobody decodes beside whom it would go on."""
+    world = World(5)
+    first, second = (ImageRef(name * 32, 1, 5, (1, 1, 5)) for name in (b"p", b"q"))
+    world.add("decodes", 8)
+    world.core.step()
+    world.add("goes", 8, first)
+    world.core.step()
+    assert 0 < world.runner.steps[-1].parts < PARTS
+    for name in ("goes", "decodes"):
+        world.core.abort(name)
+    world.add("stays", 8, second)
+    for _ in range(PARTS):
+        world.core.step()
+        assert not world.core.stalled
+    assert world.scheduler.vision_cache.is_filled(second.digest)
 
 
 @pytest.mark.parametrize("num_features", [LARGE, LARGE + 1])

@@ -213,6 +213,9 @@ class EngineCore:
             for request, digests in self._drain_pixel_requests()
             if not request.finished
         ]
+        if batch is None and self._pictures:
+            # what is half encoded keeps others out of the vision cache
+            batch = Batch()
         # Every request waits for pixels: only a message can change that.
         self.stalled = batch is None and self._flight is None and not self._compiling
         if batch is None and self._flight is None and self._compiling:
@@ -297,7 +300,8 @@ class EngineCore:
         began = self._clock()
         events = []
         self._encoders_turn = batch.num_new_tokens > 0
-        slice = batch.num_decode > 0 and not (self._pictures.large and self._encoders_turn)
+        alone = not batch.rows
+        slice = (alone or batch.num_decode > 0) and not (self._pictures.large and self._encoders_turn)
         for done in self._pictures.advance(batch.needed, slice):
             if done.features is not None:
                 self.scheduler.vision_cache.fill(done.image.digest, done.features)

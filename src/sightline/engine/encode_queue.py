@@ -47,22 +47,21 @@ class _Job:
     again: bool = False
     work: Any = None
     digests: set[bytes] = field(init=False)
-    large: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.digests = {image.digest for image in self.images}
-        self.large = sum(image.num_tokens for image in self.images) > LARGE
 
 
 class EncodeQueue:
     """First in, first out, but for pictures that a step cannot do without. What has begun is ended first.
 
-    wanted: whether any request still holds a digest; a job nobody wants is dropped before it begins.
+    wanted: whether any request still holds a digest; a job nobody wants is dropped before it begins. more_is_large: features.
     """
 
-    def __init__(self, runner: PictureRunner, wanted: Callable[[bytes], bool]) -> None:
+    def __init__(self, runner: PictureRunner, wanted: Callable[[bytes], bool], more_is_large: int = LARGE) -> None:
         self._runner = runner
         self._wanted = wanted
+        self._more_is_large = more_is_large
         self._jobs: deque[_Job] = deque()
 
     def __bool__(self) -> bool:
@@ -75,7 +74,9 @@ class EncodeQueue:
     @property
     def large(self) -> bool:
         """Whether what is encoded next is."""
-        return bool(self._jobs) and (self._begun or self._jobs[0]).large
+        if not self._jobs:
+            return False
+        return sum(image.num_tokens for image in (self._begun or self._jobs[0]).images) > self._more_is_large
 
     @property
     def _begun(self) -> _Job | None:

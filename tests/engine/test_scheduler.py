@@ -144,3 +144,31 @@ def test_beside_the_text_a_returning_request_decodes_only_with_its_picture():
     cache.unpin(stranger)
     assert step(scheduler) == [("r", 8, 1)]
     assert asked.pinned == {picture.digest}
+
+
+def test_beside_others_a_returning_request_decodes_when_its_picture_is_encoded():
+    """As above, but somebody decodes meanwhile, so the picture is encoded in slices."""
+    scheduler = make(cross_attention=True, image_token_bytes=4)
+    scheduler.encode_beside = True
+    picture = ImageRef(b"p" * 32, 0, 1, (1, 1, 1))
+    other, asked = request([1, 2], name="other"), request([99, 1, 2, 3, 4], (picture,), name="asked")
+    scheduler.add(other)
+    scheduler.add(asked)
+    scheduler.put_pixels(picture.digest, "pixels")
+    while asked.num_tokens < 9:
+        step(scheduler)
+    assert asked.num_computed == 8
+    scheduler.retract(asked)
+    scheduler.vision_cache.clear()
+    scheduler.put_pixels(picture.digest, "pixels")
+    for encoded in ([picture], []):
+        batch = scheduler.schedule()
+        assert batch is not None
+        assert batch.encode == encoded
+        assert [row.request for row in batch.rows] == [other]
+        scheduler.advance(batch.rows[0])
+        other.output_ids.append(7)
+    scheduler.vision_cache.fill(picture.digest, "features")
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [(row.request, row.q_len) for row in batch.rows] == [(other, 1), (asked, 1)]

@@ -209,12 +209,13 @@ class Scheduler:
         return batch if batch.rows else None
 
     def _lacks_features(self, request: Request) -> bool:
-        """Beside the text, decoding needs pictures too: a request that came back from a retraction with all tokens but
-        the newest in the prefix cache may not hold them yet."""
+        """Beside the text, decoding needs pictures too: of a request that came back from a retraction with all tokens but
+        the newest in the prefix cache they may not be encoded yet."""
         if not self.config.cross_attention or not request.images:
             return False
         groups = self._needs(request.images, request.num_computed, request.num_computed + 1)
-        return any(image.digest not in request.pinned for group in groups for image in group)
+        digests = {image.digest for group in groups for image in group}
+        return not all(d in request.pinned and self.vision_cache.is_filled(d) for d in digests)
 
     def _grow(self, request: Request) -> bool:
         """Make room for one more token, retracting the newest requests if need be; False when it was retracted itself."""

@@ -28,10 +28,10 @@ class TritonBackend(AttentionBackend):
     rotates = True
 
     def __init__(self) -> None:
-        self._tiles: tuple[Tensor, Tile] | None = None
+        self._tiles: tuple[Tensor, Tile, int] | None = None
 
     def prepare(self, batch: AttentionBatch) -> None:
-        """The tiles of the step's chunks need head counts: the first layer makes them, unless the batch brings some."""
+        """What the step's chunks are divided into depends on head counts: the first layer plans it, unless the batch brings tiles."""
         self._tiles = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, cache: KVCache, batch: AttentionBatch) -> Tensor:
@@ -58,12 +58,11 @@ class TritonBackend(AttentionBackend):
         keys, values, decode = cache.k[layer], cache.v[layer], batch.num_decode
         if decode == q.shape[0]:
             return decode_attention(q, keys, values, batch.page_table, batch.kv_lens)
-        tiles, tile = self._tiles = self._tiles or self._plan(q, keys.shape[2], batch)
+        tiles, tile, splits = self._tiles = self._tiles or self._plan(q, keys.shape[2], batch)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if decode:
             decode_attention(q[:decode], keys, values, batch.page_table, batch.kv_lens, out=out[:decode])
         cu_seqlens_q, kv_lens, page_table = batch.cu_seqlens_q, batch.kv_lens, batch.page_table
-        splits = prefill_splits(q.shape[0], q.shape[1], keys.shape[2], tile, multiprocessors(q.device))
         return prefill_attention(
             q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out, num_splits=splits
         )
@@ -82,12 +81,15 @@ class TritonBackend(AttentionBackend):
         tile = prefill_tile(k.dtype, num_rows * num_heads)
         return prefill_tiles(q_lens, kv_lens, group=num_heads // k.shape[2], tile=tile)
 
-    def _plan(self, q: Tensor, num_kv_heads: int, batch: AttentionBatch) -> tuple[Tensor, Tile]:
-        """Decode rows get no tiles."""
+    def _plan(self, q: Tensor, num_kv_heads: int, batch: AttentionBatch) -> tuple[Tensor, Tile, int]:
+        """Tiles, how they are compiled, and splits of their keys. Decode rows get no tiles."""
+        num_rows, num_heads = q.shape[:2]
         if batch.tiles is not None:
-            return batch.tiles, prefill_tile(q.dtype, q.shape[0] * q.shape[1])
-        num_heads = q.shape[1]
-        q_lens = [0] * batch.num_decode + batch.q_lens_cpu[batch.num_decode :]
-        tile = prefill_tile(q.dtype, sum(q_lens) * num_heads)
-        tiles = torch.from_numpy(prefill_tiles(q_lens, batch.kv_lens_cpu, group=num_heads // num_kv_heads, tile=tile))
-        return (tiles.pin_memory().to(q.device, non_blocking=True) if q.is_cuda else tiles), tile
+            tiles, tile = batch.tiles, prefill_tile(q.dtype, num_rows * num_heads)
+        else:
+            q_lens = [0] * batch.num_decode + batch.q_lens_cpu[batch.num_decode :]
+            tile = prefill_tile(q.dtype, sum(q_lens) * num_heads)
+            group = num_heads // num_kv_heads
+            tiles = torch.from_numpy(prefill_tiles(q_lens, batch.kv_lens_cpu, group=group, tile=tile))
+            tiles = tiles.pin_memory().to(q.device, non_blocking=True) if q.is_cuda else tiles
+        return tiles, tile, prefill_splits(num_rows, num_heads, num_kv_heads, tile, multiprocessors(q.device))

@@ -30,6 +30,12 @@ def key_slots(page_table, positions, mask, stride_page, stride_slot, PAGE_SIZE: 
     return page.to(tl.int64) * stride_page + (positions % PAGE_SIZE) * stride_slot
 
 
+@triton.jit
+def keys_of_a_split(num_keys, num_splits, BLOCK_N: tl.constexpr, MIN_BLOCKS: tl.constexpr):
+    """A multiple of BLOCK_N, at least MIN_BLOCKS of them: the last splits of few keys are empty."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_N), MIN_BLOCKS) * BLOCK_N
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 on a CPU."""

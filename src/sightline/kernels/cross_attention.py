@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sightline.kernels.common import keys_of_a_split
 from sightline.kernels.decode_attention import (
     attend_block,
     decode_split,
     decode_splits,
     decode_workspace,
-    keys_of_a_split,
     merge_splits,
 )
 
@@ -56,7 +56,7 @@ def _cross_kernel(
     """Program (split, kv_head, row), for `merge_splits`."""
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_keys = tl.load(ends + (NUM_PICTURES - 1) * stride_picture + row)
-    length = keys_of_a_split(num_keys, num_splits, BLOCK_N)
+    length = keys_of_a_split(num_keys, num_splits, BLOCK_N, 1)
     first = split * length
     end = tl.minimum(first + length, num_keys)
     if first >= num_keys:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sightline.kernels.common import dot, key_slots, multiprocessors
+from sightline.kernels.common import dot, key_slots, keys_of_a_split, multiprocessors
 from sightline.kernels.prefill_attention import prefill_attention_reference
 
 _LOG2_E = math.log2(math.e)
@@ -29,12 +29,6 @@ _PROGRAMS = 1
 _FEW = 64
 # Splits merged at once.
 _MERGE = 16
-
-
-@triton.jit
-def keys_of_a_split(kv_len, num_splits, BLOCK_N: tl.constexpr):
-    """A multiple of BLOCK_N: the last splits of a short sequence are empty."""
-    return tl.maximum(tl.cdiv(tl.cdiv(kv_len, num_splits), BLOCK_N), 1) * BLOCK_N
 
 
 @triton.jit
@@ -82,7 +76,7 @@ def _split_kernel(
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_len = tl.load(kv_lens + row)
     if SPLIT:
-        length = keys_of_a_split(kv_len, num_splits, BLOCK_N)
+        length = keys_of_a_split(kv_len, num_splits, BLOCK_N, 1)
         first = split * length
         end = tl.minimum(first + length, kv_len)
         if first >= kv_len:
@@ -144,7 +138,7 @@ def _merge_kernel(
     """Program (head, row): the mean of the live splits, weighted by 2 ** lse."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_len = tl.load(kv_lens + row)
-    live = tl.cdiv(kv_len, keys_of_a_split(kv_len, num_splits, BLOCK_N))
+    live = tl.cdiv(kv_len, keys_of_a_split(kv_len, num_splits, BLOCK_N, 1))
     base = (row * tl.num_programs(0) + head) * num_splits
     dims = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sightline.kernels.common import dot, key_slots
+from sightline.kernels.common import dot, key_slots, keys_of_a_split
 
 _LOG2_E = math.log2(math.e)
 # 1.5 large tiles for each of 132 multiprocessors.
@@ -87,12 +87,6 @@ def _walk(
     return acc, top, total
 
 
-@triton.jit
-def _keys_of_a_split(end, num_splits, BLOCK_N: tl.constexpr):
-    """A multiple of BLOCK_N: the last splits of few keys are empty."""
-    return tl.maximum(tl.cdiv(tl.cdiv(end, num_splits), BLOCK_N), _MIN_BLOCKS) * BLOCK_N
-
-
 @triton.jit(
     do_not_specialize=["stride_table", "num_rows", "num_splits"],
     do_not_specialize_on_alignment=["tiles", "cu_seqlens_q", "kv_lens", "page_table"],
@@ -141,7 +135,7 @@ def _prefill_kernel(
     begin = 0
     stop = end
     if SPLIT:
-        length = _keys_of_a_split(end, num_splits, BLOCK_N)
+        length = keys_of_a_split(end, num_splits, BLOCK_N, _MIN_BLOCKS)
         begin = tl.program_id(2) * length
         stop = tl.minimum(begin + length, end)
         if begin >= end:
@@ -218,7 +212,7 @@ def _merge_kernel(
     row0 = tl.load(cu_seqlens_q + sequence)
     q_len = tl.load(cu_seqlens_q + sequence + 1) - row0
     end = tl.load(kv_lens + sequence) - q_len + tl.minimum(first + TOKENS, q_len)
-    num_parts = tl.cdiv(end, _keys_of_a_split(end, num_splits, BLOCK_N))
+    num_parts = tl.cdiv(end, keys_of_a_split(end, num_splits, BLOCK_N, _MIN_BLOCKS))
     if num_parts <= 1:
         return
     m = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -152,7 +152,7 @@ def test_prefill(shape: tuple[int, int, int], dtype: torch.dtype, num_splits: in
     paged = Paged(kv_lens, num_kv_heads, head_dim, dtype, device)
     q = queries(sum(q_lens), num_heads, head_dim, dtype, device)
     cu_seqlens = torch.tensor([0, *torch.tensor(q_lens).cumsum(0)], dtype=torch.int32, device=device)
-    tile = prefill_tile(dtype, 0)
+    tile = prefill_tile(paged.k, 0)
     tiles = torch.from_numpy(prefill_tiles(q_lens, kv_lens, group=num_heads // num_kv_heads, tile=tile)).to(device)
     out = prefill_attention(
         q, paged.k, paged.v, cu_seqlens, paged.kv_lens, paged.table, tiles, tile=tile, num_splits=num_splits
@@ -161,14 +161,14 @@ def test_prefill(shape: tuple[int, int, int], dtype: torch.dtype, num_splits: in
 
 
 def test_keys_of_a_chunk_are_split_where_its_tiles_do_not_fill_the_device() -> None:
-    tile = prefill_tile(torch.bfloat16, 0)
+    tile = prefill_tile(torch.empty(1, PAGE, 4, 128, dtype=torch.bfloat16), 0)
     splits = [prefill_splits(n, 28, 4, tile, 132) for n in (1, 32, 145, 256, 400, 2000)]
     assert splits == [16, 16, 3, 2, 1, 1]
 
 
 def test_tiles_cover_every_row_once_the_longest_walk_first() -> None:
     q_lens, kv_lens = [0, 5, 40, 1, 100], [9, 5, 400, 77, 100]
-    tile = prefill_tile(torch.bfloat16, 0)
+    tile = prefill_tile(torch.empty(1, PAGE, 4, 128, dtype=torch.bfloat16), 0)
     tiles = prefill_tiles(q_lens, kv_lens, group=7, tile=tile).tolist()
     step = tile.block_m // 7
     rows = [(i, r) for i, first in tiles for r in range(first, min(first + step, q_lens[i]))]

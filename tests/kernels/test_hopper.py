@@ -4,45 +4,93 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="no triton on this machine")
 
-from sightline.kernels import vision_attention as portable
+from sightline.kernels import common
+from sightline.kernels.prefill_attention import (
+    Tile,
+    prefill_attention,
+    prefill_attention_reference,
+    prefill_tile,
+    prefill_tiles,
+)
 from sightline.kernels.vision_attention import vision_attention, vision_attention_reference
+from tests.kernels.test_attention import Paged, queries
 
-# In a process of its own: under TRITON_INTERPRET, which other tests here may run with, nothing is compiled.
+# In a process of its own: under TRITON_INTERPRET, which other tests here may run with, nothing is compiled; and with a driver that
+# pretends to have such a card.
 _COMPILE = """
-import sys
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-from sightline.kernels.vision_attention_hopper import _vision_hopper_kernel, hopper_tile
+import torch
+import triton
+from sightline.engine.ahead import launches_only_compile
+from sightline.kernels.prefill_attention import prefill_attention, prefill_tile
+from sightline.kernels.prefill_attention import (
+    Tile,
+    prefill_attention,
+    prefill_attention_reference,
+    prefill_tile,
+    prefill_tiles,
+)
+from sightline.kernels.vision_attention import vision_attention
+from tests.kernels.rehearsal import pretend
 
-tile = hopper_tile(int(sys.argv[1]))
-rows = lambda n: f"tensordesc<bf16[1, {tile.block_n}, {n}],{gl.NVMMASharedLayout(2 * n, 16, 3)!r}>"
-constants = dict(HEAD_DIM=80, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.num_warps)
-signature = dict(q="*bf16", out="*bf16", k_main=rows(64), k_rest=rows(16), v_main=rows(64), v_rest=rows(16))
-signature |= dict(num_patches="i32", scale="fp32", stride="i32", stride_out="i32") | dict.fromkeys(constants, "constexpr")
-aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in ("q", "out", "stride", "stride_out")}
-source = GluonASTSource(_vision_hopper_kernel, signature, constants, aligned)
-kernel = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.num_warps})
-assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor" in kernel.asm["ptx"]
-print("shared", kernel.metadata.shared)
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def vision(num_patches):
+    vision_attention(*tensor(num_patches, 3, 16, 80).unbind(1), 1)
+
+def prefill(num_rows, num_heads, num_kv_heads, num_splits=1):
+    q, cache = tensor(num_rows, num_heads, 128), tensor(700, 16, num_kv_heads, 128)
+    offsets, lens, pages, tiles = (tensor(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 600), (500, 2)))
+    prefill_attention(q, cache, cache, offsets, lens, pages, tiles, tile=prefill_tile(cache, 0), num_splits=num_splits)
+
+def compile_and_look(source, **options):
+    kernel = compile_kernel(source, **options)
+    if "merge" in source.fn.__name__:
+        return kernel
+    assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor" in kernel.asm["ptx"]
+    print("shared", kernel.metadata.shared)
+
+pretend()
+compile_kernel, triton.compiler.compile = triton.compiler.compile, compile_and_look
+with launches_only_compile():
+    {launch}
 """
+# of a multiprocessor's shared memory, 1 KiB is taken for each program
+_SHARED = 228
 
 
-@pytest.mark.parametrize("num_patches", [1296, 5476])
-def test_it_compiles_for_hopper_and_fits(num_patches: int) -> None:
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
-    command = [sys.executable, "-c", _COMPILE, str(num_patches)]
+@pytest.mark.parametrize(
+    ("launch", "programs"),
+    [
+        ("vision(1296)", 2),
+        ("vision(5476)", 2),
+        ("prefill(700, 28, 4)", 1),
+        ("prefill(2000, 28, 4)", 1),
+        ("prefill(70, 32, 8, 4)", 1),
+    ],
+)
+def test_it_compiles_for_hopper_and_fits(launch: str, programs: int, tmp_path: Path) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", _COMPILE.replace("{launch}", launch)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    # two programs share a multiprocessor's 227 KiB
-    assert int(done.stdout.split()[1]) < 113 * 1024
+    assert int(done.stdout.split()[1]) <= (_SHARED // programs - 1) * 1024
+
+
+@pytest.fixture
+def hopper(device: torch.device) -> torch.device:
+    """A Hopper card."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        pytest.skip("no Hopper card")
+    return device
 
 
 @pytest.mark.gpu
@@ -51,29 +99,103 @@ def test_it_compiles_for_hopper_and_fits(num_patches: int) -> None:
     ("head_dim", "num_patches", "num_pictures"), [(80, 1296, 3), (72, 729, 5), (80, 5476, 1), (80, 4, 2)]
 )
 def test_it_equals_torch_and_the_portable_kernel(
-    head_dim: int, num_patches: int, num_pictures: int, dtype: torch.dtype, device: torch.device,
+    head_dim: int, num_patches: int, num_pictures: int, dtype: torch.dtype, hopper: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        pytest.skip("no Hopper card")
-    qkv = torch.randn(num_patches * num_pictures, 3, 16, head_dim).to(device, dtype)
+    qkv = torch.randn(num_patches * num_pictures, 3, 16, head_dim).to(hopper, dtype)
     # a picture beside it that is not a number harms nobody
     qkv[num_patches:] = float("nan")
     q, k, v = qkv.unbind(1)
     result = vision_attention(q, k, v, num_pictures)[:num_patches]
     expected = vision_attention_reference(*(t[:num_patches].float() for t in (q, k, v)), 1)
     torch.testing.assert_close(result.float(), expected, atol=1e-2, rtol=1e-2)
-    monkeypatch.setattr(portable, "_on_hopper", lambda q: False)
+    monkeypatch.setattr(common, "_hopper_form", lambda name: None)
     other = vision_attention(q, k, v, num_pictures)[:num_patches]
     torch.testing.assert_close(result, other, atol=1e-2, rtol=1e-2)
 
 
+def chunks(
+    q_lens: list[int], kv_lens: list[int], heads: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """What `prefill_attention` takes before its tiles. Whatever nobody has written is NaN."""
+    num_heads, num_kv_heads = heads
+    paged = Paged(kv_lens, num_kv_heads, 128, dtype, device)
+    offsets = torch.tensor([0, *torch.tensor(q_lens).cumsum(0)], dtype=torch.int32, device=device)
+    return queries(sum(q_lens), num_heads, 128, dtype, device), paged.k, paged.v, offsets, paged.kv_lens, paged.table
+
+
+def planned(q_lens: list[int], kv_lens: list[int], heads: tuple[int, int], tile: Tile, padding: int) -> Tensor:
+    """With so many tiles of the last sequence, which is empty, behind the others."""
+    tiles = torch.from_numpy(prefill_tiles(q_lens, kv_lens, group=heads[0] // heads[1], tile=tile))
+    return torch.cat([tiles, torch.tensor([[len(q_lens) - 1, 0]] * padding, dtype=torch.int32)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("longest", [300, 900])
+@pytest.mark.parametrize(
+    ("heads", "dtype", "num_splits"),
+    [
+        ((28, 4), torch.bfloat16, 1),
+        ((28, 4), torch.float16, 3),
+        ((32, 8), torch.bfloat16, 4),
+        ((16, 2), torch.float16, 1),
+        ((4, 4), torch.bfloat16, 1),
+    ],
+)
+def test_prompts_equal_torch_and_the_portable_kernel(
+    heads: tuple[int, int], dtype: torch.dtype, num_splits: int, longest: int, hopper: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Chunks with and without history, ends of every kind in pages and blocks, rows that see nothing of a split, tiles of padding;
+    few rows and many."""
+    q_lens = [1, 15, 16, 17, 12, 3, 64, longest, 129, 1, 0]
+    kv_lens = [1, 15, 16, 17, 300, 130, 74, longest, 1333, 2049, 0]
+    arguments = chunks(q_lens, kv_lens, heads, dtype, hopper)
+    q, cache = arguments[:2]
+    form = common.hopper_form("prefill_attention", cache)
+    assert form is not None
+    assert form.takes(cache)
+    tile = prefill_tile(cache, 2 * 10**6)
+    tiles = planned(q_lens, kv_lens, heads, tile, 3).to(hopper)
+    out = torch.full((q.shape[0] + 1, *q.shape[1:]), 7.0, device=hopper, dtype=dtype)
+    prefill_attention(*arguments, tiles, tile=tile, out=out[:-1], num_splits=num_splits)
+    expected = prefill_attention_reference(*arguments)
+    torch.testing.assert_close(out[:-1], expected, atol=1e-2, rtol=1e-2)
+    assert out[-1].eq(7).all()
+    monkeypatch.setattr(common, "_hopper_form", lambda name: None)
+    other = prefill_attention(*arguments, tiles, tile=tile, num_splits=num_splits)
+    torch.testing.assert_close(out[:-1], other, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_serves_other_prompts(hopper: torch.device) -> None:
+    heads, lengths = (28, 4), [([700, 30, 0], [1453, 400, 0]), ([38, 692, 0], [700, 692, 0])]
+    worlds = [chunks(*each, heads, torch.bfloat16, hopper) for each in lengths]
+    static = [torch.zeros_like(a if a.numel() >= b.numel() else b) for a, b in zip(*worlds, strict=True)]
+    tile = prefill_tile(static[1], 730 * heads[0])
+    tiles = torch.tensor([[2, 0]] * 50, dtype=torch.int32, device=hopper)
+    prefill_attention(*static, tiles, tile=tile)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = prefill_attention(*static, tiles, tile=tile)
+    for world, each in zip(worlds, lengths, strict=True):
+        for target, tensor in zip(static, world, strict=True):
+            target[tuple(slice(n) for n in tensor.shape)] = tensor
+        plan = planned(*each, heads, tile, 0)
+        tiles.copy_(torch.tensor([[2, 0]] * 50))
+        tiles[: len(plan)] = plan.to(hopper)
+        graph.replay()
+        torch.testing.assert_close(out, prefill_attention_reference(*world), atol=1e-2, rtol=1e-2)
+        now = prefill_attention(*static, tiles, tile=tile)
+        assert torch.equal(now, out)
+
+
+@pytest.mark.parametrize("name", ["vision_attention", "prefill_attention"])
 def test_a_triton_without_the_language_leaves_the_portable_kernel(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sightline.kernels.vision_attention_hopper", None)
-    monkeypatch.delattr("sightline.kernels.vision_attention_hopper", raising=False)
-    portable._hopper.cache_clear()
-    assert portable._hopper() is None
+    monkeypatch.setitem(sys.modules, f"sightline.kernels.{name}_hopper", None)
+    common._hopper_form.cache_clear()
+    assert common._hopper_form(name) is None
     assert "portable kernel" in caplog.text
-    portable._hopper.cache_clear()
+    common._hopper_form.cache_clear()

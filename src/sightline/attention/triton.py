@@ -58,7 +58,7 @@ class TritonBackend(AttentionBackend):
         keys, values, decode = cache.k[layer], cache.v[layer], batch.num_decode
         if decode == q.shape[0]:
             return decode_attention(q, keys, values, batch.page_table, batch.kv_lens)
-        tiles, tile, splits = self._tiles = self._tiles or self._plan(q, keys.shape[2], batch)
+        tiles, tile, splits = self._tiles = self._tiles or self._plan(q, keys, batch)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if decode:
             decode_attention(q[:decode], keys, values, batch.page_table, batch.kv_lens, out=out[:decode])
@@ -78,17 +78,18 @@ class TritonBackend(AttentionBackend):
     ) -> np.ndarray:
         """See `AttentionBackend.plan_tiles`."""
         k = cache.k[0]
-        tile = prefill_tile(k.dtype, num_rows * num_heads)
+        tile = prefill_tile(k, num_rows * num_heads)
         return prefill_tiles(q_lens, kv_lens, group=num_heads // k.shape[2], tile=tile)
 
-    def _plan(self, q: Tensor, num_kv_heads: int, batch: AttentionBatch) -> tuple[Tensor, Tile, int]:
+    def _plan(self, q: Tensor, keys: Tensor, batch: AttentionBatch) -> tuple[Tensor, Tile, int]:
         """Tiles, how they are compiled, and splits of their keys. Decode rows get no tiles."""
         num_rows, num_heads = q.shape[:2]
+        num_kv_heads = keys.shape[2]
         if batch.tiles is not None:
-            tiles, tile = batch.tiles, prefill_tile(q.dtype, num_rows * num_heads)
+            tiles, tile = batch.tiles, prefill_tile(keys, num_rows * num_heads)
         else:
             q_lens = [0] * batch.num_decode + batch.q_lens_cpu[batch.num_decode :]
-            tile = prefill_tile(q.dtype, sum(q_lens) * num_heads)
+            tile = prefill_tile(keys, sum(q_lens) * num_heads)
             group = num_heads // num_kv_heads
             tiles = torch.from_numpy(prefill_tiles(q_lens, batch.kv_lens_cpu, group=group, tile=tile))
             tiles = tiles.pin_memory().to(q.device, non_blocking=True) if q.is_cuda else tiles

@@ -115,7 +115,7 @@ def prefill_rows(clock: Clock, tile: Tile | None) -> list[Row]:
     for work in PREFILL:
         q_lens, kv_lens = ([pair[i] for pair in work] for i in range(2))
         k, v, page_table, lens = paged(kv_lens)
-        chosen = tile or prefill_tile(DTYPE, sum(q_lens) * HEADS)
+        chosen = tile or prefill_tile(k, sum(q_lens) * HEADS)
         plan = torch.from_numpy(prefill_tiles(q_lens, kv_lens, group=HEADS // KV_HEADS, tile=chosen)).cuda()
         offsets = torch.tensor([0, *q_lens]).cumsum(0).to("cuda", torch.int32)
         q = random(sum(q_lens), HEADS, DIM)

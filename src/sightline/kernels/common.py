@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
+from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+logger = logging.getLogger("sightline.engine")
 
 # TRITON_INTERPRET=1 runs the kernels on the CPU, without a compiler: that is how they are tested without a GPU.
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -40,3 +46,20 @@ def keys_of_a_split(num_keys, num_splits, BLOCK_N: tl.constexpr, MIN_BLOCKS: tl.
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 on a CPU."""
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def hopper_form(name: str, tensor: Tensor) -> ModuleType | None:
+    """The module `name`_hopper beside this one, if the tensor is on a Hopper card."""
+    if not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] != 9:
+        return None
+    return _hopper_form(name)
+
+
+@functools.cache
+def _hopper_form(name: str) -> ModuleType | None:
+    """None, with a warning, for a triton that lacks the language of these kernels."""
+    try:
+        return importlib.import_module(f"sightline.kernels.{name}_hopper")
+    except (ImportError, AttributeError) as error:
+        logger.warning("%s takes its portable kernel, because this triton lacks the other's language: %s", name, error)
+        return None

@@ -4,12 +4,15 @@ The algorithm is FlashAttention-2's (Dao 2023, arXiv:2307.08691): a tile of quer
 maximum and sum. A tile's rows are the query heads of one key head for a few consecutive tokens, so that a key is loaded
 once for all of them and few keys of a tile lie above the diagonal. Where tiles are too few for the device, as those of a short
 question behind a long conversation, the keys of each are split between programs, as in `kernels.decode_attention`.
+
+On a Hopper card and with heads of 128, `kernels.prefill_attention_hopper` takes the same tiles in its own way; the splits are merged here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sightline.kernels.common import dot, key_slots, keys_of_a_split
+from sightline.kernels.common import dot, hopper_form, key_slots, keys_of_a_split
 
 _LOG2_E = math.log2(math.e)
 # 1.5 large tiles for each of 132 multiprocessors.
@@ -249,14 +252,19 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def prefill_tile(dtype: torch.dtype, num_rows: int) -> Tile:
-    """The tile for chunks of num_rows query rows, heads counted; float32 is for tests.
+def _hopper(k_cache: Tensor) -> ModuleType | None:
+    form = hopper_form("prefill_attention", k_cache)
+    return form if form is not None and form.takes(k_cache) else None
 
-    On an H200 large tiles are a fifth faster once there are more of them than the device has multiprocessors.
+
+def prefill_tile(k_cache: Tensor, num_rows: int) -> Tile:
+    """The tile for chunks of num_rows query rows, heads counted, over such a cache; float32 is for tests.
+
+    On an H200 the portable kernel is a fifth faster with large tiles once there are more of them than the device has multiprocessors.
     """
-    if dtype.itemsize != 2:
+    if k_cache.element_size() != 2:
         return Tile(32, 16, 8, 2)
-    return Tile(256, 64, 8, 3) if num_rows >= _MANY_ROWS else Tile(128, 64, 8, 4)
+    return Tile(256, 64, 8, 3) if num_rows >= _MANY_ROWS and _hopper(k_cache) is None else Tile(128, 64, 8, 4)
 
 
 def prefill_tiles(q_lens: Sequence[int], kv_lens: Sequence[int], *, group: int, tile: Tile) -> np.ndarray:
@@ -313,53 +321,25 @@ def prefill_attention(
         workspace = torch.empty(size * (head_dim + 1), dtype=torch.float32, device=q.device)
         parts, lse = workspace[: size * head_dim], workspace[size * head_dim :]
     block_d = triton.next_power_of_2(max(head_dim, 16))
-    _prefill_kernel[(num_kv_heads, tiles.shape[0], num_splits)](
-        q,
-        k_cache,
-        v_cache,
-        out,
-        parts,
-        lse,
-        tiles,
-        cu_seqlens_q,
-        kv_lens,
-        page_table,
-        head_dim**-0.5 * _LOG2_E,
-        num_rows,
-        num_splits,
-        page_table.stride(0),
-        *q.stride()[:2],
-        *out.stride()[:2],
-        *k_cache.stride()[:3],
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        PAGE_SIZE=page_size,
-        SPLIT=num_splits > 1,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    hopper = _hopper(k_cache)
+    if hopper is not None and tile.block_m == hopper.BLOCK_M:
+        hopper.prefill_attention_hopper(
+            q, k_cache, v_cache, out, parts, lse, tiles, cu_seqlens_q, kv_lens, page_table, num_splits,
+            unit=tile.block_n, min_units=_MIN_BLOCKS.value,
+        )  # fmt: skip
+    else:
+        _prefill_kernel[(num_kv_heads, tiles.shape[0], num_splits)](
+            q, k_cache, v_cache, out, parts, lse, tiles, cu_seqlens_q, kv_lens, page_table, head_dim**-0.5 * _LOG2_E,
+            num_rows, num_splits, page_table.stride(0), *q.stride()[:2], *out.stride()[:2], *k_cache.stride()[:3],
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            PAGE_SIZE=page_size, SPLIT=num_splits > 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     if num_splits > 1:
         _merge_kernel[(num_kv_heads, tiles.shape[0], -(-tile.block_m // _MERGE_ROWS))](
-            out,
-            parts,
-            lse,
-            tiles,
-            cu_seqlens_q,
-            kv_lens,
-            num_rows,
-            num_splits,
-            *out.stride()[:2],
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_R=_MERGE_ROWS,
-            num_warps=4,
-        )
+            out, parts, lse, tiles, cu_seqlens_q, kv_lens, num_rows, num_splits, *out.stride()[:2],
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_R=_MERGE_ROWS, num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -8,10 +8,7 @@ have heads of 72 or 80: such a head is taken as two pieces, 64 and 16, instead o
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-from types import ModuleType
 
 import torch
 import triton
@@ -19,9 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sightline.kernels.common import dot
-
-logger = logging.getLogger("sightline.engine")
+from sightline.kernels.common import dot, hopper_form
 
 _LOG2_E = math.log2(math.e)
 # Programs of 128 patches from which tiles of 64 would be slower: twice an H200's multiprocessors.
@@ -111,26 +106,6 @@ def _vision_kernel(
         tl.store(lines + rest[None, :], (acc_rest * share).to(out.dtype.element_ty), mask=mask_rest)
 
 
-@functools.cache
-def _hopper() -> ModuleType | None:
-    """The kernel for Hopper, or None, with a warning, for a triton that lacks what it is written in."""
-    try:
-        from sightline.kernels import vision_attention_hopper
-    except (ImportError, AttributeError) as error:
-        logger.warning(
-            "vision attention takes its portable kernel, because this triton lacks the other's language: %s", error
-        )
-        return None
-    return vision_attention_hopper
-
-
-def _on_hopper(q: Tensor) -> bool:
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
-        return False
-    kernel = _hopper()
-    return kernel is not None and kernel.takes(q)
-
-
 def vision_attention(q: Tensor, k: Tensor, v: Tensor, num_pictures: int, out: Tensor | None = None) -> Tensor:
     """q, k, v: [num_pictures * P, num_heads, head_dim], P rows of each picture -> [num_pictures * P, num_heads * head_dim].
 
@@ -144,10 +119,9 @@ def vision_attention(q: Tensor, k: Tensor, v: Tensor, num_pictures: int, out: Te
         out = torch.empty(num_rows, num_heads * head_dim, dtype=q.dtype, device=q.device)
     if num_rows == 0:
         return out
-    if _on_hopper(q):
-        from sightline.kernels.vision_attention_hopper import vision_attention_hopper
-
-        vision_attention_hopper(q, k, v, num_pictures, out)
+    hopper = hopper_form("vision_attention", q)
+    if hopper is not None and hopper.takes(q):
+        hopper.vision_attention_hopper(q, k, v, num_pictures, out)
         return out
     num_patches = num_rows // num_pictures
     main = max(16, 1 << (head_dim.bit_length() - 1))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sightline.layers.activation import ACTIVATIONS
+from sightline.layers.activation import ACTIVATIONS, gelu_tanh
 from sightline.layers.block_attention import block_attention, block_flops
 from sightline.layers.linear import Linear, MergedLinear
 from sightline.layers.norm import LayerNorm
@@ -182,10 +182,10 @@ class VitAttention(nn.Module):
         self.qkv_proj = MergedLinear(width, {"q_proj": width, "k_proj": width, "v_proj": width}, bias=True)
         self.out_proj = Linear(width, width, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [t, N, E] -> [t, N, E]."""
-        q, k, v = self.qkv_proj(x).flatten(0, 1).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        return self.out_proj(block_attention(q, k, v, [(x.shape[0], x.shape[1])]).view(x.shape))
+    def forward(self, x: Tensor, residual: Tensor, num_tiles: int) -> Tensor:
+        """x, residual [N, E] -> residual + attention(x), all but the bias of `out_proj`."""
+        q, k, v = self.qkv_proj(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        return self.out_proj.add_product_to(residual, block_attention(q, k, v, [(num_tiles, len(x) // num_tiles)]))
 
 
 class VitMLP(nn.Module):
@@ -197,13 +197,20 @@ class VitMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
         self.act = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., E] -> [..., E]."""
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [N, E] -> residual + mlp(x), all but the bias of `fc2`."""
+        return self.fc2.add_product_to(residual, self._inner(x))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        if self.act is gelu_tanh and x.is_cuda and x.element_size() == 2:
+            assert self.fc1.bias is not None
+            # inside the product: a sixth less time than in a pass of its own
+            return torch._addmm_activation(self.fc1.bias, x, self.fc1.weight.t(), use_gelu=True)
+        return self.act(self.fc1(x))
 
 
 class VitLayer(nn.Module):
-    """Pre-norm block."""
+    """Pre-norm block. The bias of each half's last product is left to the norm that follows, which adds it for less."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -212,10 +219,14 @@ class VitLayer(nn.Module):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [t, N, E] -> [t, N, E]."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+    def forward(self, x: Tensor, pending: Tensor | None, num_tiles: int) -> tuple[Tensor, Tensor]:
+        """x [N, E], overwritten; pending: [E], still to be added to it -> the same of the next layer."""
+        normed = self.layer_norm1(x) if pending is None else self.layer_norm1.after_bias(x, pending)
+        x = self.self_attn(normed, x, num_tiles)
+        assert self.self_attn.out_proj.bias is not None
+        assert self.mlp.fc2.bias is not None
+        x = self.mlp(self.layer_norm2.after_bias(x, self.self_attn.out_proj.bias), x)
+        return x, self.mlp.fc2.bias
 
 
 class VitEncoder(nn.Module):
@@ -226,11 +237,13 @@ class VitEncoder(nn.Module):
         self.layers = nn.ModuleList(VitLayer(config) for _ in range(config.num_layers))
 
     def forward(self, x: Tensor) -> Encoding[Tensor]:
-        """x [t, N, E] -> [t, N, E]."""
+        """x [t, N, E], overwritten -> [t, N, E]."""
+        num_tiles, num_rows, width = x.shape
+        rows, pending = x.flatten(0, 1), None
         for layer in self.layers:
-            x = layer(x)
-            yield block_flops(layer, x.shape[2], [(x.shape[0], x.shape[1])])
-        return x
+            rows, pending = layer(rows, pending, num_tiles)
+            yield block_flops(layer, width, [(num_tiles, num_rows)])
+        return (rows if pending is None else rows.add_(pending)).view(x.shape)
 
 
 class VisionTower(nn.Module):

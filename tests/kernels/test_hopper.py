@@ -26,25 +26,22 @@ from tests.kernels.test_attention import Paged, queries
 # In a process of its own: under TRITON_INTERPRET, which other tests here may run with, nothing is compiled; and with a driver that
 # pretends to have such a card.
 _COMPILE = """
+import os
+import subprocess
+from pathlib import Path
 import torch
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 from sightline.engine.ahead import launches_only_compile
 from sightline.kernels.prefill_attention import prefill_attention, prefill_tile
-from sightline.kernels.prefill_attention import (
-    Tile,
-    prefill_attention,
-    prefill_attention_reference,
-    prefill_tile,
-    prefill_tiles,
-)
 from sightline.kernels.vision_attention import vision_attention
 from tests.kernels.rehearsal import pretend
 
 def tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
-def vision(num_patches):
-    vision_attention(*tensor(num_patches, 3, 16, 80).unbind(1), 1)
+def vision(num_patches, num_pictures=1):
+    vision_attention(*tensor(num_patches * num_pictures, 3, 16, 80).unbind(1), num_pictures)
 
 def prefill(num_rows, num_heads, num_kv_heads, num_splits=1):
     q, cache = tensor(num_rows, num_heads, 128), tensor(700, 16, num_kv_heads, 128)
@@ -57,6 +54,13 @@ def compile_and_look(source, **options):
         return kernel
     assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor" in kernel.asm["ptx"]
     print("shared", kernel.metadata.shared)
+    # ptxas only warns when it makes products wait for each other
+    text = Path(os.environ["TRITON_CACHE_DIR"], "kernel.ptx")
+    text.write_text(kernel.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "-o", "/dev/null", text]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "registers" in done.stderr and "serialized" not in done.stderr, done.stderr
+    return kernel
 
 pretend()
 compile_kernel, triton.compiler.compile = triton.compiler.compile, compile_and_look
@@ -70,8 +74,9 @@ _SHARED = 228
 @pytest.mark.parametrize(
     ("launch", "programs"),
     [
-        ("vision(1296)", 2),
-        ("vision(5476)", 2),
+        ("vision(1296)", 3),
+        ("vision(1296, 3)", 2),
+        ("vision(5476)", 3),
         ("prefill(700, 28, 4)", 1),
         ("prefill(2000, 28, 4)", 1),
         ("prefill(70, 32, 8, 4)", 1),

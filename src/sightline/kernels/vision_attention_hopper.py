@@ -1,9 +1,10 @@
 """`vision_attention` for Hopper's tensor cores: a block's scores are computed while the softmax of the block before is.
 
 FlashAttention-3's overlap inside a warp group (Shah et al. 2024, arXiv:2407.08608, section 3.2): products are asynchronous, and
-the bulk copy engine brings keys and values. Its first form measured on an H200 beside the kernel that needs no Hopper: 16 heads of 80, 5476
-patches 0.38 ms instead of 0.58, three pictures of 1296 0.087 instead of 0.111; heads of 72, ten tiles of 729 0.103 instead of
-0.138. A head is taken as two pieces, 64 and 16.
+the bulk copy engine brings keys and values. Measured on H200 and H100 beside the kernel that needs no Hopper: 16 heads of 80, 5476
+patches 0.40 ms instead of 0.58, three pictures of 1296 0.078 instead of 0.111; heads of 72, ten tiles of 729 0.096 instead of
+0.138. A head is taken as two pieces, 64 and 16. The last block has a loop of its own, which masks: a branch would make ptxas run
+one product after the other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _LOG2_E = math.log2(math.e)
 _MAIN = 64
 _REST = 16
+# four for each of 132 multiprocessors
+_MANY = 528
 # named so since triton 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
@@ -37,6 +40,49 @@ def _fetch(main, rest, bar, tiles, tiles_rest, picture, row, column, i, wanted, 
     mbarrier.expect(bar.index(i), BLOCK_N * 160, wanted)
     _load(main, [picture, row, column], bar.index(i), tiles.index(i), wanted)
     _load(rest, [picture, row, column + 64], bar.index(i), tiles_rest.index(i), wanted)
+
+
+@gluon.jit
+def _step(
+    acc, acc_rest, rounded, top, total, q_main, q_rest, ks, ks_rest, vs, vs_rest, k_bar, v_bar,
+    k_main, k_rest, v_main, v_rest, picture, column, num_patches, j, blocks, scale,
+    MASKED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Block j's scores, and behind them the sum of the block before, which goes on during this one's softmax. MASKED: it may have
+    keys beyond the last."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
+    MAIN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, 64, 16])
+    REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, 16, 16])
+    P_MAIN: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MAIN, k_width=2)
+    P_REST: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=REST, k_width=2)
+    i = j % STAGES
+    i_before = (j - 1) % STAGES
+    zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S)
+    mbarrier.wait(k_bar.index(i), (j // STAGES) & 1)
+    s = warpgroup_mma(q_main, ks.index(i).reshape([BLOCK_N, 64]).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma(q_rest, ks_rest.index(i).reshape([BLOCK_N, 16]).permute((1, 0)), s, is_async=True)
+    mbarrier.wait(v_bar.index(i_before), ((j - 1) // STAGES) & 1)
+    o = warpgroup_mma(gl.convert_layout(rounded, P_MAIN), vs.index(i_before).reshape([BLOCK_N, 64]), acc, is_async=True)
+    r = warpgroup_mma(
+        gl.convert_layout(rounded, P_REST), vs_rest.index(i_before).reshape([BLOCK_N, 16]), acc_rest, is_async=True
+    )
+    scores = warpgroup_mma_wait(2, deps=[s])
+    ahead = j + STAGES
+    _fetch(k_main, k_rest, k_bar, ks, ks_rest, picture, ahead * BLOCK_N, column, i, ahead < blocks, BLOCK_N)
+    if MASKED:
+        columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
+        scores = gl.where((columns < num_patches - j * BLOCK_N)[None, :], scores, float("-inf"))
+    new_top = gl.maximum(top, gl.max(scores, 1) * scale)
+    weights = gl.exp2(scores * scale - new_top[:, None])
+    fade = gl.exp2(top - new_top)
+    total = total * fade + gl.sum(weights, 1)
+    rounded = weights.to(k_main.dtype)
+    acc, acc_rest = warpgroup_mma_wait(0, deps=[o, r])
+    ahead -= 1
+    _fetch(v_main, v_rest, v_bar, vs, vs_rest, picture, ahead * BLOCK_N, column, i_before, ahead < blocks, BLOCK_N)
+    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, MAIN))[:, None]
+    acc_rest = acc_rest * gl.convert_layout(fade, gl.SliceLayout(1, REST))[:, None]
+    return acc, acc_rest, rounded, new_top, total
 
 
 @gluon.jit(do_not_specialize=["num_patches"])
@@ -103,39 +149,19 @@ def _vision_hopper_kernel(
     weights = gl.exp2(scores * scale - top[:, None])
     total = gl.sum(weights, 1)
     rounded = weights.to(dtype)
-    for j in range(1, blocks):
-        i = j % STAGES
-        phase = (j // STAGES) & 1
-        i_before = (j - 1) % STAGES
-        phase_before = ((j - 1) // STAGES) & 1
-        # this block's scores, and behind them the sum of the block before, which goes on during this one's softmax
-        mbarrier.wait(k_bar.index(i), phase)
-        s = warpgroup_mma(
-            q_main, ks.index(i).reshape([BLOCK_N, 64]).permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        s = warpgroup_mma(q_rest, ks_rest.index(i).reshape([BLOCK_N, 16]).permute((1, 0)), s, is_async=True)
-        mbarrier.wait(v_bar.index(i_before), phase_before)
-        o = warpgroup_mma(
-            gl.convert_layout(rounded, P_MAIN), vs.index(i_before).reshape([BLOCK_N, 64]), acc, is_async=True
-        )
-        r = warpgroup_mma(
-            gl.convert_layout(rounded, P_REST), vs_rest.index(i_before).reshape([BLOCK_N, 16]), acc_rest, is_async=True
-        )
-        scores = warpgroup_mma_wait(2, deps=[s])
-        ahead = j + STAGES
-        _fetch(k_main, k_rest, k_bar, ks, ks_rest, picture, ahead * BLOCK_N, column, i, ahead < blocks, BLOCK_N)
-        scores = gl.where((columns < num_patches - j * BLOCK_N)[None, :], scores, float("-inf"))
-        new_top = gl.maximum(top, gl.max(scores, 1) * scale)
-        weights = gl.exp2(scores * scale - new_top[:, None])
-        fade = gl.exp2(top - new_top)
-        total = total * fade + gl.sum(weights, 1)
-        rounded = weights.to(dtype)
-        top = new_top
-        acc, acc_rest = warpgroup_mma_wait(0, deps=[o, r])
-        ahead -= 1
-        _fetch(v_main, v_rest, v_bar, vs, vs_rest, picture, ahead * BLOCK_N, column, i_before, ahead < blocks, BLOCK_N)
-        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, MAIN))[:, None]
-        acc_rest = acc_rest * gl.convert_layout(fade, gl.SliceLayout(1, REST))[:, None]
+    whole = num_patches // BLOCK_N
+    for j in range(1, whole):
+        acc, acc_rest, rounded, top, total = _step(
+            acc, acc_rest, rounded, top, total, q_main, q_rest, ks, ks_rest, vs, vs_rest, k_bar, v_bar,
+            k_main, k_rest, v_main, v_rest, picture, column, num_patches, j, blocks, scale,
+            False, BLOCK_M, BLOCK_N, STAGES, num_warps,
+        )  # fmt: skip
+    for j in range(gl.maximum(whole, 1), blocks):
+        acc, acc_rest, rounded, top, total = _step(
+            acc, acc_rest, rounded, top, total, q_main, q_rest, ks, ks_rest, vs, vs_rest, k_bar, v_bar,
+            k_main, k_rest, v_main, v_rest, picture, column, num_patches, j, blocks, scale,
+            True, BLOCK_M, BLOCK_N, STAGES, num_warps,
+        )  # fmt: skip
     last = (blocks - 1) % STAGES
     mbarrier.wait(v_bar.index(last), ((blocks - 1) // STAGES) & 1)
     o = warpgroup_mma(gl.convert_layout(rounded, P_MAIN), vs.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
@@ -169,9 +195,10 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def hopper_tile(num_patches: int) -> Tile:
-    """The fastest on an H200: many keys want fewer rows with longer blocks."""
-    return Tile(64, 128, 2, 4) if num_patches >= 2048 else Tile(128, 64, 3, 4)
+def hopper_tile(num_patches: int, num_heads: int, num_pictures: int) -> Tile:
+    """The fastest on an H200: four small programs on a multiprocessor, unless there are too many of them with few keys each."""
+    num_small = triton.cdiv(num_patches, 64) * num_heads * num_pictures
+    return Tile(64, 64, 3, 4) if num_patches >= 2048 or num_small <= _MANY else Tile(128, 64, 3, 4)
 
 
 def takes(q: Tensor) -> bool:
@@ -191,7 +218,7 @@ def vision_attention_hopper(
     """See `kernels.vision_attention.vision_attention`, which calls it where `takes` says so. tile: `hopper_tile` unless given."""
     num_rows, num_heads, head_dim = q.shape
     num_patches, stride, width = num_rows // num_pictures, q.stride(0), num_heads * head_dim
-    tile = tile or hopper_tile(num_patches)
+    tile = tile or hopper_tile(num_patches, num_heads, num_pictures)
 
     def rows(tensor: Tensor, columns: int) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -10,11 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="no triton on this machine")
 
+from sightline.kernels import decode_attention as decode_kernels
 from sightline.kernels.decode_attention import (
+    DecodePlan,
+    Split,
     decode_attention,
     decode_attention_reference,
-    decode_splits,
-    decode_workspace,
+    decode_plan,
 )
 from sightline.kernels.prefill_attention import (
     prefill_attention,
@@ -65,45 +68,127 @@ def check(out: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
+def planned(paged: Paged, num_heads: int, programs: int, block_n: int = 32) -> DecodePlan:
+    """Keys of all rows in so many programs for each multiprocessor, of which a CPU has one."""
+    num_kv_heads, head_dim = paged.k.shape[2:]
+    how = Split(block_n, 4, 2, programs)
+    return decode_plan(paged.kv_lens, num_heads, num_kv_heads, head_dim, paged.k.dtype, how=how)
+
+
+def items_of(plan: DecodePlan) -> list[list[int]]:
+    """(row, first key, end of the keys, first item of the row, items of the row); nothing stands behind padding."""
+    items = plan.items[: 6 * plan.capacity].view(-1, 6).tolist()
+    live = [item[:5] for item in items if item[4]]
+    assert [item[:5] for item in items[: len(live)]] == live
+    return live
+
+
+@pytest.mark.parametrize("programs", [1, 24])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [*((shape, torch.float32) for shape in SHAPES), (SHAPES[2], torch.bfloat16), (SHAPES[1], torch.float16)],
     ids=str,
 )
-def test_decode(shape: tuple[int, int, int], dtype: torch.dtype, num_splits: int, device: torch.device) -> None:
+def test_decode(shape: tuple[int, int, int], dtype: torch.dtype, programs: int, device: torch.device) -> None:
     num_heads, num_kv_heads, head_dim = shape
     paged = Paged([1, 15, 16, 17, 300, 0, 129], num_kv_heads, head_dim, dtype, device)
     q = queries(7, num_heads, head_dim, dtype, device)
-    out = decode_attention(q, paged.k, paged.v, paged.table, paged.kv_lens, num_splits=num_splits)
+    plan = planned(paged, num_heads, programs)
+    out = decode_attention(q, paged.k, paged.v, paged.table, paged.kv_lens, plan=plan)
     check(out, decode_attention_reference(q, paged.k, paged.v, paged.table, paged.kv_lens))
     assert out[5].eq(0).all()
 
 
-def test_decode_splits_fill_the_device_and_depend_on_shapes_alone(device: torch.device) -> None:
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    assert 4 * decode_splits(1, 4, 8192, 64, device) >= processors
-    assert decode_splits(256, 4, 8192, 64, device) == 1
-    assert decode_splits(1, 4, 100, 64, device) <= 2
+@pytest.mark.parametrize("seed", range(3))
+def test_decode_of_any_lengths_twice_the_same_bits(seed: int, device: torch.device) -> None:
+    """A row alone, a long one beside short ones, padding; in two layers with one plan, whose scratch is full of anything."""
+    random = torch.Generator().manual_seed(seed)
+    for lengths in (
+        torch.randint(1, 900, (1,), generator=random),
+        torch.tensor([0, 3, 700, 1, 20, 0, 0]),
+        torch.randint(0, 120, (5,), generator=random) * torch.randint(0, 2, (5,), generator=random),
+    ):
+        layers = [Paged(lengths.tolist(), 2, 32, torch.float32, device) for _ in range(2)]
+        q = queries(len(lengths), 6, 32, torch.float32, device)
+        plan = planned(layers[0], 6, int(torch.randint(1, 40, (), generator=random)), 16)
+        plan.parts.fill_(NAN)
+        outs = []
+        for layer in (*layers, layers[0]):
+            outs.append(decode_attention(q, layer.k, layer.v, layer.table, layer.kv_lens, plan=plan))
+            check(outs[-1], decode_attention_reference(q, layer.k, layer.v, layer.table, layer.kv_lens))
+        assert torch.equal(outs[0], outs[2])
 
 
-def test_decode_merges_many_splits(device: torch.device) -> None:
-    """More than the merging kernel takes at once, the greatest score in the last."""
-    paged = Paged([700, 40, 3], 1, 64, torch.float32, device)
+@pytest.mark.parametrize("batch", [1, 7, 300])
+def test_a_plan_gives_every_key_to_one_item(batch: int, device: torch.device) -> None:
+    """More rows than the kernel looks at together, too; some of them padding."""
+    lengths = torch.randint(0, 4000, (batch,)) * (torch.rand(batch) < 0.7)
+    lengths[batch // 2] = 3999
+    for programs in (1, 24, 1000):
+        plan = decode_plan(lengths.to(device, torch.int32), 14, 2, 64, torch.bfloat16, how=Split(64, 4, 2, programs))
+        items = items_of(plan)
+        base = 0
+        for row, kv_len in enumerate(lengths.tolist()):
+            mine = [item for item in items if item[0] == row]
+            assert items[base : base + len(mine)] == mine
+            assert all(item[3:] == [base, len(mine)] for item in mine)
+            bounds = [item[1] for item in mine] + [kv_len]
+            assert [item[2] for item in mine] == bounds[1:]
+            assert bounds[0] == 0
+            assert all(a < b and a % 64 == 0 for a, b in itertools.pairwise(bounds))
+            base += len(mine)
+        assert base == len(items)
+        empty = plan.items[: 6 * plan.capacity].view(-1, 6)[:, 5].tolist()
+        assert sorted(row for row in empty if row >= 0) == torch.where(lengths == 0)[0].tolist()
+        assert not plan.items[6 * plan.capacity :].any()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"),
+    [
+        # a short row, and a long one
+        ([300], [3]),
+        ([30000], [32]),
+        # as many as run at once: 132
+        ([1450] * 16, [8] * 16),
+        ([1520] * 46 + [0] * 18, [2] * 46 + [0] * 18),
+        ([7500] * 21 + [0] * 43, [6] * 21 + [0] * 43),
+        # more rows than that, alike or not
+        ([600, 550] * 100, [1] * 200),
+        ([100] * 200 + [8000] * 4, [1] * 200 + [16] * 4),
+        # no row counts for nothing, but a long one is not left to one program
+        ([1] * 131 + [30000], [1] * 131 + [16]),
+    ],
+    ids=lambda n: f"{len(n)}x{max(n)}",
+)
+def test_a_plan_lets_all_run_at_once(
+    lengths: list[int], counts: list[int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_kernels, "multiprocessors", lambda device: 132)
+    kv_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    plan = decode_plan(kv_lens, 28, 4, 128, torch.bfloat16, how=Split(64, 4, 2, 4))
+    items = items_of(plan)
+    assert [sum(item[0] == row for item in items) for row in range(len(lengths))] == counts
+
+
+def test_decode_merges_many_items(device: torch.device) -> None:
+    """More than are read together, the greatest score in the last."""
+    paged = Paged([3000, 40, 3], 1, 64, torch.float32, device)
     q = queries(3, 2, 64, torch.float32, device)
-    last = paged.table[0, 699 // PAGE]
-    paged.k[last, 699 % PAGE] = q[0, :1]
-    out = decode_attention(q, paged.k, paged.v, paged.table, paged.kv_lens, num_splits=24)
+    last = paged.table[0, 2999 // PAGE]
+    paged.k[last, 2999 % PAGE] = q[0, :1]
+    plan = planned(paged, 2, 24)
+    assert items_of(plan)[0][4] > 8
+    out = decode_attention(q, paged.k, paged.v, paged.table, paged.kv_lens, plan=plan)
     check(out, decode_attention_reference(q, paged.k, paged.v, paged.table, paged.kv_lens))
 
 
 def test_decode_writes_its_rows_alone(device: torch.device) -> None:
-    """`out` may be a part of a larger tensor, and the workspace larger than needed and full of anything."""
-    paged = Paged([40, 0], 2, 64, torch.float32, device)
+    """`out` may be a part of a larger tensor."""
+    paged = Paged([300, 0], 2, 64, torch.float32, device)
     q = queries(2, 4, 64, torch.float32, device)
     whole = torch.full((4, 4, 64), 7.0, device=device)
-    workspace = decode_workspace(8, 4, 4, 64, device).fill_(NAN)
-    decode_attention(q, paged.k, paged.v, paged.table, paged.kv_lens, out=whole[1:3], num_splits=2, workspace=workspace)
+    decode_attention(q, paged.k, paged.v, paged.table, paged.kv_lens, out=whole[1:3], plan=planned(paged, 4, 8))
     check(whole[1:3], decode_attention_reference(q, paged.k, paged.v, paged.table, paged.kv_lens))
     assert whole[0].eq(7).all()
     assert whole[3].eq(7).all()

@@ -11,8 +11,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="no triton on this machine")
 
-from sightline.attention.cross import CrossAttentionBatch, PictureGroup, cross_attention
+from sightline.attention.cross import CrossAttentionBatch, CrossDecodeBatch, PictureGroup, cross_attention
+from sightline.attention.triton import TritonBackend
 from sightline.kernels.cross_attention import decode_cross_attention
+from sightline.kernels.decode_attention import Split, decode_plan
+from tests.models.harness import make_batch
 
 LAYERS, SLOTS = 3, 4
 # (query heads, key heads, head_dim)
@@ -43,20 +46,20 @@ def expected(q: Tensor, layer: int, pictures: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "num_splits"),
+    ("shape", "dtype", "programs"),
     [
         (SHAPES[0], torch.float32, 1),
-        # more than some rows have keys for
-        (SHAPES[0], torch.float32, 30),
-        (SHAPES[1], torch.float32, 3),
+        # more than there are blocks of keys
+        (SHAPES[0], torch.float32, 60),
+        (SHAPES[1], torch.float32, 8),
         (SHAPES[2], torch.float32, None),
-        (SHAPES[2], torch.bfloat16, 2),
+        (SHAPES[2], torch.bfloat16, 4),
         (SHAPES[1], torch.float16, 1),
     ],
     ids=str,
 )
 def test_rows_that_see_none_one_and_several(
-    shape: tuple[int, int, int], dtype: torch.dtype, num_splits: int | None, device: torch.device
+    shape: tuple[int, int, int], dtype: torch.dtype, programs: int | None, device: torch.device
 ) -> None:
     num_heads, num_kv_heads, head_dim = shape
     pictures = [torch.randn(LAYERS, 2, n, num_kv_heads, head_dim).to(device, dtype) for n in SIZES]
@@ -64,23 +67,40 @@ def test_rows_that_see_none_one_and_several(
     q = torch.randn(len(ROWS), num_heads + 1, head_dim).to(device, dtype)[:, :num_heads]
     # what a padding row asks is nobody's business
     q[6:] = float("nan")
-    out = decode_cross_attention(q, 2, addresses, ends, num_kv_heads, num_splits=num_splits)
+    plan = None
+    if programs is not None:
+        how = Split(32, 4, 2, programs)
+        plan = decode_plan(ends[-1], num_heads, num_kv_heads, head_dim, dtype, how=how)
+    out = decode_cross_attention(q, 2, addresses, ends, num_kv_heads, plan=plan)
     torch.testing.assert_close(out, expected(q, 2, pictures), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert out[[1, 6, 7]].eq(0).all()
 
 
 def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
-    """Bit for bit, as long as the keys are split alike; a neighbour's picture may be no number at all."""
+    """Bit for bit, as long as the keys are divided alike; a neighbour's picture may be no number at all."""
     pictures = [torch.randn(LAYERS, 2, n, 2, 64).to(device) for n in SIZES]
     addresses, ends = tables(pictures, device)
     q = torch.randn(len(ROWS), 4, 64).to(device)
-    before = decode_cross_attention(q, 1, addresses, ends, 2, num_splits=2)
+    before = decode_cross_attention(q, 1, addresses, ends, 2)
     pictures[1].fill_(float("nan"))
     q[[2, 3, 4]] = float("nan")
-    after = decode_cross_attention(q, 1, addresses, ends, 2, num_splits=2)
+    after = decode_cross_attention(q, 1, addresses, ends, 2)
     strangers = [0, 1, 5, 6, 7]
     assert torch.equal(before[strangers], after[strangers])
     assert after[2:5].isnan().all()
+
+
+def test_the_next_step_sees_other_pictures(device: torch.device) -> None:
+    """The backend plans once a step, for all layers."""
+    pictures = [torch.randn(LAYERS, 2, n, 2, 64).to(device) for n in SIZES]
+    addresses, ends = tables(pictures, device)
+    q = torch.randn(len(ROWS), 4, 64).to(device)
+    backend = TritonBackend()
+    for step in (CrossDecodeBatch(addresses[:1], ends[:1], 2), CrossDecodeBatch(addresses, ends, 2)):
+        backend.prepare(make_batch([1], [1], [[1]], str(device)))
+        out = [backend.cross_forward(q, layer, step) for layer in range(LAYERS)]
+    for layer in range(LAYERS):
+        torch.testing.assert_close(out[layer], expected(q, layer, pictures), atol=1e-5, rtol=1e-5)
 
 
 def test_a_captured_launch_serves_other_pictures(device: torch.device) -> None:
@@ -112,10 +132,11 @@ from sightline.kernels.cross_attention import _cross_kernel
 from sightline.kernels.decode_attention import decode_split
 
 how = decode_split(torch.bfloat16, int(sys.argv[1]))
-constants = dict(NUM_PICTURES=8, GROUP=4, HEAD_DIM=128, BLOCK_D=128, BLOCK_H=16, BLOCK_N=how.block_n)
-signature = dict(q="*bf16", parts="*fp32", lse="*fp32", addresses="*i64", ends="*i32", layer="i32", scale="fp32", num_splits="i32")
-signature |= dict.fromkeys(("stride_picture", "q_stride_row", "q_stride_head"), "i32") | dict.fromkeys(constants, "constexpr")
-aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in ("q", "parts", "q_stride_row", "q_stride_head")}
+constants = dict(GROUP=4, BLOCK_G=4, BLOCK_H=16, HEAD_DIM=128, BLOCK_D=128, BLOCK_N=how.block_n)
+strides = ("q_stride_row", "q_stride_head", "out_stride_row", "out_stride_head")
+signature = dict(q="*bf16", out="*bf16", parts="*fp32", items="*i32", addresses="*i64", ends="*i32", layer="i32", scale="fp32")
+signature |= dict.fromkeys(("stride_picture", *strides), "i32") | dict.fromkeys(constants, "constexpr")
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in ("q", "out", "parts", "items", *strides)}
 options = {"num_warps": how.num_warps, "num_stages": how.num_stages}
 kernel = compile(ASTSource(_cross_kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
 print("copies", kernel.asm["ptx"].count("cp.async.cg"), "shared", kernel.metadata.shared)

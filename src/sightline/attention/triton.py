@@ -1,4 +1,4 @@
-"""The NVIDIA backend: Triton kernels for decode rows (split keys) and prompt chunks, both over the paged cache."""
+"""The NVIDIA backend: Triton kernels for decode rows and prompt chunks, both over the paged cache."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sightline.attention.backend import AttentionBackend, AttentionBatch, KVCach
 from sightline.attention.cross import CrossAttentionBatch, CrossDecodeBatch
 from sightline.kernels.common import multiprocessors
 from sightline.kernels.cross_attention import decode_cross_attention
-from sightline.kernels.decode_attention import decode_attention
+from sightline.kernels.decode_attention import DecodePlan, decode_attention, decode_plan
 from sightline.kernels.prefill_attention import Tile, prefill_attention, prefill_splits, prefill_tile, prefill_tiles
 from sightline.kernels.rope import rotate_and_write, write_kv
 
 
 class TritonBackend(AttentionBackend):
-    """Decode rows in one launch (two with few rows, to merge split keys), all chunks of the step in another.
+    """Decode rows in one launch, all chunks of the step in another.
 
-    A step of decode rows alone can be captured in a CUDA graph: nothing there depends on lengths, and `prepare` is a no-op. A
-    padding row has kv_len 0 and slot -1; it gives zeros and writes nowhere. Steps with chunks are planned on the host.
+    What decode rows are divided into is planned on the device, once a step, so that the plan can be part of a CUDA graph; chunks
+    are planned on the host. A padding row has kv_len 0 and slot -1; it gives zeros and writes nowhere.
     """
 
     capturable = True
@@ -29,10 +29,12 @@ class TritonBackend(AttentionBackend):
 
     def __init__(self) -> None:
         self._tiles: tuple[Tensor, Tile, int] | None = None
+        self._decode: DecodePlan | None = None
+        self._seen: DecodePlan | None = None
 
     def prepare(self, batch: AttentionBatch) -> None:
-        """What the step's chunks are divided into depends on head counts: the first layer plans it, unless the batch brings tiles."""
-        self._tiles = None
+        """Plans depend on head counts: the first layer makes them, except for tiles that the batch brings."""
+        self._tiles = self._decode = self._seen = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, cache: KVCache, batch: AttentionBatch) -> Tensor:
         """See `AttentionBackend.forward`."""
@@ -56,12 +58,16 @@ class TritonBackend(AttentionBackend):
     def _attend(self, q: Tensor, layer: int, cache: KVCache, batch: AttentionBatch) -> Tensor:
         """k and v are in the cache already."""
         keys, values, decode = cache.k[layer], cache.v[layer], batch.num_decode
-        if decode == q.shape[0]:
-            return decode_attention(q, keys, values, batch.page_table, batch.kv_lens)
-        tiles, tile, splits = self._tiles = self._tiles or self._plan(q, keys, batch)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if decode:
-            decode_attention(q[:decode], keys, values, batch.page_table, batch.kv_lens, out=out[:decode])
+            heads, kv_heads, dim = q.shape[1], keys.shape[2], keys.shape[3]
+            self._decode = self._decode or decode_plan(batch.kv_lens[:decode], heads, kv_heads, dim, keys.dtype)
+            decode_attention(
+                q[:decode], keys, values, batch.page_table, batch.kv_lens, out=out[:decode], plan=self._decode
+            )
+        if decode == q.shape[0]:
+            return out
+        tiles, tile, splits = self._tiles = self._tiles or self._plan(q, keys, batch)
         cu_seqlens_q, kv_lens, page_table = batch.cu_seqlens_q, batch.kv_lens, batch.page_table
         return prefill_attention(
             q, keys, values, cu_seqlens_q, kv_lens, page_table, tiles, tile=tile, out=out, num_splits=splits
@@ -70,7 +76,8 @@ class TritonBackend(AttentionBackend):
     def cross_forward(self, q: Tensor, layer: int, cross: CrossAttentionBatch | CrossDecodeBatch) -> Tensor:
         """See `AttentionBackend.cross_forward`."""
         if isinstance(cross, CrossDecodeBatch):
-            return decode_cross_attention(q, layer, cross.addresses, cross.ends, cross.num_kv_heads)
+            self._seen = self._seen or decode_plan(cross.ends[-1], q.shape[1], cross.num_kv_heads, q.shape[2], q.dtype)
+            return decode_cross_attention(q, layer, cross.addresses, cross.ends, cross.num_kv_heads, plan=self._seen)
         return super().cross_forward(q, layer, cross)
 
     def plan_tiles(

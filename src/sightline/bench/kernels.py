@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sightline.bench.report import environment, table
 from sightline.kernels import norm, rope
 from sightline.kernels.activation import silu_and_mul, silu_and_mul_reference
-from sightline.kernels.decode_attention import Split, decode_attention
+from sightline.kernels.decode_attention import Split, decode_attention, decode_plan
 from sightline.kernels.prefill_attention import Tile, prefill_attention, prefill_tile, prefill_tiles
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, DIM, PAGE = 3584, 18944, 28, 4, 128, 16
@@ -34,7 +34,9 @@ TILES = [
     Tile(m, n, w, s)
     for m, n, w, s in ((128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 5))
 ]
-SPLITS = [Split(n, w, s) for n, w, s in ((64, 4, 3), (64, 4, 5), (64, 4, 7), (32, 4, 5), (32, 2, 7), (128, 8, 3))]
+SPLITS = [
+    Split(*s) for s in ((64, 4, 3, 3), (64, 4, 3, 4), (64, 4, 4, 4), (32, 4, 4, 4), (32, 4, 3, 6), (128, 8, 2, 3))
+]
 
 
 class Clock:
@@ -97,7 +99,8 @@ def decode_rows(clock: Clock, split: Split | None) -> list[Row]:
     for batch, kv_lens in [*DECODE, (len(MIXED), MIXED)]:
         k, v, page_table, lens = paged(kv_lens)
         q = random(batch, HEADS, DIM)
-        ours = clock(decode_attention, q, k, v, page_table, lens, how=split)
+        plan = decode_plan(lens, HEADS, KV_HEADS, DIM, DTYPE, how=split)
+        ours = clock(decode_attention, q, k, v, page_table, lens, plan=plan)
         other = None
         if split is None and len(set(kv_lens)) == 1:
             k, v = (random(batch, KV_HEADS, kv_lens[0], DIM) for _ in range(2))

@@ -28,9 +28,8 @@ from sightline.engine.scheduler import ScheduledRow
 
 logger = logging.getLogger("sightline.engine")
 
-# Sizes of decode steps between which kernels or their tiles differ, and a context that several programs share.
+# Sizes of decode steps between which kernels or their tiles differ.
 _DECODE_ROWS = (1, 16, 32, 64)
-_LONG_CONTEXT = 4096
 _PROMPTS = (PAGE_SIZE - 1, 2 * PAGE_SIZE - 1, 1024)
 
 
@@ -112,8 +111,7 @@ def rehearse(executor: Executor, pictures: Sequence[Blank], *, max_step: int, ma
         prompts = [blank_request(runner, 1) for _ in range(min(max_running, max_step))]
         runner.forward([ScheduledRow(request, 0, 1, True) for request in prompts], 0)
         for num_rows in (*(n for n in _DECODE_ROWS if n < max_running), max_running):
-            for context in (1, min(_LONG_CONTEXT, max_step)):
-                _decode(runner, num_rows, context)
+            _decode(runner, num_rows)
         if executor.cross_attention and executor.backend.capturable:
             _decode_beside_pictures(executor, max_running)
 
@@ -122,11 +120,11 @@ def _encode(encoder: Encoder, picture: Blank) -> Iterator[float]:
     encoder.kept((yield from encoder.encoding([picture.image], [picture.pixels])))
 
 
-def _decode(runner: ModelRunner, num_rows: int, context: int) -> None:
-    requests = [blank_request(runner, context) for _ in range(num_rows)]
+def _decode(runner: ModelRunner, num_rows: int) -> None:
+    requests = [blank_request(runner, 1) for _ in range(num_rows)]
     for request in requests:
         request.output_ids.append(0)
-    runner.forward([ScheduledRow(request, context - 1, 1, True) for request in requests], num_rows)
+    runner.forward([ScheduledRow(request, 0, 1, True) for request in requests], num_rows)
 
 
 @torch.inference_mode()

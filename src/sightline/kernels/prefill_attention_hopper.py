@@ -4,6 +4,9 @@ FlashAttention-3's design (Shah et al. 2024, arXiv:2407.08608, section 3): produ
 before the sum of the block before, and that goes on during this one's softmax; each group has 64 rows of a tile, and its products run
 during the other's softmax. The bulk copy engine brings keys and values page by page: 16 rows of half a head are a box, and boxes
 one behind the other are the layout that the tensor cores want of a whole block.
+
+Measured and no faster: groups that take turns with their products, more buffers, queries in registers, programs that take several tiles
+one after the other, three groups with 192 rows and blocks of 64 keys.
 """
 
 from __future__ import annotations
@@ -79,10 +82,11 @@ def _mask(scores, j, limit, end, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _block(
-    acc, top, total, rounded, queries, ks, vs, k_full, v_full, done, j, blocks, limit, end, scale,
+    acc, top, total, rounded, memory, j, blocks, limit, end, scale,
     MASKED: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The softmax of block j, whose keys are there, and the sum of block j - 1."""
+    queries, ks, vs, k_full, v_full, done = memory
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = acc.type.layout
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
@@ -112,21 +116,31 @@ def _block(
 
 
 @gluon.jit
+def _places(chunk, ROW: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
+    """(row, head, whether it exists) of the tile's rows from ROW on, as a column of LAYOUT."""
+    row0, first, q_len, kv_head = chunk
+    m = ROW + gl.arange(0, _PART, layout=gl.SliceLayout(1, LAYOUT))
+    token = first + m // GROUP
+    return (row0 + token).to(gl.int64), kv_head * GROUP + m % GROUP, (m < TOKENS * GROUP) & (token < q_len)
+
+
+@gluon.jit
 def _attend(
-    q, out, parts, lse, queries, ks, vs, k_full, v_full, done,
-    row0, first, q_len, see, blocks, end, kv_head, scale, q_stride_row, q_stride_head, out_stride_row, out_stride_head,
-    part, ROW: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    tensors, memory, chunk, keys, scale, ROW: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr,
+    SPLIT: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: rows ROW .. ROW + 63 of the tile, of which the first sees `see` of the keys."""
+    """Four warps: rows ROW .. ROW + 63 of the tile, of which the first row of all sees `see` keys of this walk."""
+    q, out, parts, lse, q_stride_row, q_stride_head, out_stride_row, out_stride_head = tensors
+    queries, ks, vs, k_full, v_full, done = memory
+    queries = queries.index(ROW // _PART)
+    memory = (queries, ks, vs, k_full, v_full, done)
+    see, end, blocks, part = keys
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _HEAD_DIM, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
-    m = ROW + gl.arange(0, _PART, layout=gl.SliceLayout(1, LOAD))
-    token = first + m // GROUP
-    live = (m < TOKENS * GROUP) & (token < q_len)
-    at = (row0 + token).to(gl.int64) * q_stride_row + (kv_head * GROUP + m % GROUP) * q_stride_head
+    row, head, live = _places(chunk, ROW, TOKENS, GROUP, LOAD)
+    at = row * q_stride_row + head * q_stride_head
     dims = gl.arange(0, _HEAD_DIM, layout=gl.SliceLayout(0, LOAD))
     queries.store(gl.load(q + at[:, None] + dims[None, :], mask=live[:, None], other=0.0))
     fence_async_shared()
@@ -150,22 +164,16 @@ def _attend(
     whole = gl.maximum(gl.minimum(see, end) // BLOCK_N, 1)
     for j in range(1, whole):
         acc, top, total, rounded = _block(
-            acc, top, total, rounded, queries, ks, vs, k_full, v_full, done, j, blocks, limit, end, scale,
-            False, SPLIT, STAGES, BLOCK_N,
-        )  # fmt: skip
+            acc, top, total, rounded, memory, j, blocks, limit, end, scale, False, SPLIT, STAGES, BLOCK_N
+        )
     for j in range(whole, blocks):
         acc, top, total, rounded = _block(
-            acc, top, total, rounded, queries, ks, vs, k_full, v_full, done, j, blocks, limit, end, scale,
-            True, SPLIT, STAGES, BLOCK_N,
-        )  # fmt: skip
+            acc, top, total, rounded, memory, j, blocks, limit, end, scale, True, SPLIT, STAGES, BLOCK_N
+        )
     last = blocks - 1
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     o = warpgroup_mma(gl.convert_layout(rounded, P), vs.index(last % STAGES), acc, is_async=True)
-    m = ROW + gl.arange(0, _PART, layout=gl.SliceLayout(1, ACC))
-    token = first + m // GROUP
-    live = (m < TOKENS * GROUP) & (token < q_len)
-    row = (row0 + token).to(gl.int64)
-    head = kv_head * GROUP + m % GROUP
+    row, head, live = _places(chunk, ROW, TOKENS, GROUP, ACC)
     dims = gl.arange(0, _HEAD_DIM, layout=gl.SliceLayout(0, ACC))
     share = gl.convert_layout(1.0 / (gl.where(total > 0, total, 1.0) if SPLIT else total), gl.SliceLayout(1, ACC))
     result = warpgroup_mma_wait(0, deps=[o]) * share[:, None]
@@ -189,7 +197,7 @@ def _prefill_hopper_kernel(
     GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr, SPLIT: gl.constexpr,
     STAGES: gl.constexpr, BLOCK_N: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Program (kv_head, tile, split); as of the portable kernel."""
+    """Program (kv_head, tile, split). What it is asked and where it writes is as in the portable kernel."""
     ROWS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     BOXES: gl.constexpr = STAGES * 2 * (BLOCK_N // _PAGE)
@@ -232,22 +240,20 @@ def _prefill_hopper_kernel(
         mbarrier.init(done.index(t), count=2)
     fence_async_shared()
     column = kv_head * _HEAD_DIM
+    tensors = (q, out, parts, lse, q_stride_row, q_stride_head, out_stride_row, out_stride_head)
+    memory = (queries, ks, vs, k_full, v_full, done)
+    chunk = (row0, first, q_len, kv_head)
+    keys = (see, end, blocks, part)
     gl.warp_specialize(
         [
-            (_attend, (
-                q, out, parts, lse, queries.index(0), ks, vs, k_full, v_full, done, row0, first, q_len, see, blocks, end, kv_head, scale,
-                q_stride_row, q_stride_head, out_stride_row, out_stride_head, part, 0, TOKENS, GROUP, SPLIT, STAGES, BLOCK_N,
-            )),
-            (_attend, (
-                q, out, parts, lse, queries.index(1), ks, vs, k_full, v_full, done, row0, first, q_len, see, blocks, end, kv_head, scale,
-                q_stride_row, q_stride_head, out_stride_row, out_stride_head, part, _PART, TOKENS, GROUP, SPLIT, STAGES, BLOCK_N,
-            )),
+            (_attend, (tensors, memory, chunk, keys, scale, 0, TOKENS, GROUP, SPLIT, STAGES, BLOCK_N)),
+            (_attend, (tensors, memory, chunk, keys, scale, _PART, TOKENS, GROUP, SPLIT, STAGES, BLOCK_N)),
             (_fetch, (k, k_boxes, k_full, done, table, blocks, end, column, 0, STAGES, BLOCK_N)),
             (_fetch, (v, v_boxes, v_full, done, table, blocks, end, column, 1, STAGES, BLOCK_N)),
         ],
         [4, 1, 1],
         [232, 40, 40],
-    )  # fmt: skip
+    )
     for t in gl.static_range(STAGES):
         mbarrier.invalidate(k_full.index(t))
         mbarrier.invalidate(v_full.index(t))

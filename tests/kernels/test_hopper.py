@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="no triton on this machine")
 
 from sightline.kernels import common
+from sightline.kernels.norm import rms_norm
 from sightline.kernels.prefill_attention import (
     Tile,
     prefill_attention,
@@ -20,6 +21,7 @@ from sightline.kernels.prefill_attention import (
     prefill_tile,
     prefill_tiles,
 )
+from sightline.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from sightline.kernels.vision_attention import vision_attention, vision_attention_reference
 from tests.kernels.test_attention import Paged, queries
 
@@ -34,6 +36,7 @@ import triton
 from triton.backends.nvidia.compiler import get_ptxas
 from sightline.engine.ahead import launches_only_compile
 from sightline.kernels.prefill_attention import prefill_attention, prefill_tile
+from sightline.kernels.skinny_linear import skinny_linear
 from sightline.kernels.vision_attention import vision_attention
 from tests.kernels.rehearsal import pretend
 
@@ -47,6 +50,10 @@ def prefill(num_rows, num_heads, num_kv_heads, num_splits=1):
     q, cache = tensor(num_rows, num_heads, 128), tensor(700, 16, num_kv_heads, 128)
     offsets, lens, pages, tiles = (tensor(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 600), (500, 2)))
     prefill_attention(q, cache, cache, offsets, lens, pages, tiles, tile=prefill_tile(cache, 0), num_splits=num_splits)
+
+def skinny(num_rows, inner, out, swiglu=False, **more):
+    more = {name: tensor(*shape) for name, shape in more.items()}
+    skinny_linear(tensor(num_rows, inner), tensor(2 * out if swiglu else out, inner), swiglu=swiglu, **more)
 
 def compile_and_look(source, **options):
     kernel = compile_kernel(source, **options)
@@ -80,6 +87,9 @@ _SHARED = 228
         ("prefill(700, 28, 4)", 1),
         ("prefill(2000, 28, 4)", 1),
         ("prefill(70, 32, 8, 4)", 1),
+        ("skinny(16, 3584, 4608, bias=[4608])", 1),
+        ("skinny(64, 4096, 11008, swiglu=True)", 1),
+        ("skinny(16, 3584, 18944, swiglu=True)", 3),
     ],
 )
 def test_it_compiles_for_hopper_and_fits(launch: str, programs: int, tmp_path: Path) -> None:
@@ -195,7 +205,95 @@ def test_a_captured_step_serves_other_prompts(hopper: torch.device) -> None:
         assert torch.equal(now, out)
 
 
-@pytest.mark.parametrize("name", ["vision_attention", "prefill_attention"])
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("inner", "out", "swiglu", "dtype"),
+    [
+        # a share of K for each program
+        (3584, 4608, False, torch.bfloat16),
+        (3584, 2304, False, torch.bfloat16),
+        (18944, 3584, False, torch.bfloat16),
+        # a program for each tile
+        (3584, 18944, True, torch.bfloat16),
+        # rounds of tiles, and shares of those behind them
+        (4096, 11008, True, torch.bfloat16),
+        # less than a tile, and less than a block of K
+        (200, 80, False, torch.float16),
+        (200, 72, True, torch.float16),
+        (72, 32000, False, torch.float16),
+    ],
+)
+def test_skinny_products_equal_torch(
+    inner: int, out: int, swiglu: bool, dtype: torch.dtype, hopper: torch.device
+) -> None:
+    """Twice the same bits, also from a graph of several launches, in each of which the counters are left as they were found."""
+    weight = (torch.randn(2 * out if swiglu else out, inner) * inner**-0.5).to(hopper, dtype)
+    tolerance = 4 * torch.finfo(dtype).eps
+    form = common.hopper_form("skinny_linear", weight)
+    assert form is not None
+    for num_rows in (2, 16, 17, 40):
+        x = torch.randn(num_rows, inner + 8).to(hopper, dtype)[:, :inner]
+        bias = None if swiglu else torch.randn(out).to(hopper, dtype)
+        residual = torch.randn(num_rows, out).to(hopper, dtype)
+        assert form.takes(x, weight, bias, swiglu)
+        first = skinny_linear(x, weight, bias, residual=residual, swiglu=swiglu)
+        expected = skinny_linear_reference(x, weight, bias, residual=residual, swiglu=swiglu)
+        torch.testing.assert_close(first, expected, atol=tolerance, rtol=tolerance)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = [skinny_linear(x, weight, bias, residual=residual, swiglu=swiglu) for _ in range(5)]
+        for _ in range(3):
+            graph.replay()
+        assert all(torch.equal(each, first) for each in again)
+
+
+@pytest.mark.gpu
+def test_kernels_that_begin_early_wait_for_what_they_read(hopper: torch.device) -> None:
+    """A chain of products and norms in a graph, behind slow work on two streams that were one before."""
+    weights = [(torch.randn(1024, 1024) / 32).to(hopper, torch.bfloat16) for _ in range(4)]
+    gain, source = torch.ones(1024, device=hopper, dtype=torch.bfloat16), torch.zeros(2, 24, 1024, device=hopper)
+
+    def slow(x: Tensor) -> Tensor:
+        for _ in range(50):
+            x = x.sin() + x
+        return x.bfloat16()
+
+    def chain(x: Tensor, y: Tensor) -> Tensor:
+        for weight in weights:
+            x = skinny_linear(rms_norm(x, gain, 1e-6), weight, residual=y)
+        return x
+
+    side = torch.cuda.Stream()
+    chain(slow(source[0]), slow(source[1]))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            other = slow(source[1])
+        mine = slow(source[0])
+        torch.cuda.current_stream().wait_stream(side)
+        out = chain(mine, other)
+    for _ in range(20):
+        source.copy_(torch.randn(source.shape))
+        graph.replay()
+        assert torch.equal(out, chain(slow(source[0]), slow(source[1])))
+
+
+def test_other_products_stay_with_the_portable_kernel() -> None:
+    pytest.importorskip("triton.experimental.gluon", reason="a triton without the language")
+    from sightline.kernels.skinny_linear_hopper import takes
+
+    x, weight = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
+    assert takes(x, weight, None, swiglu=True)
+    assert takes(x, weight, weight[:, 0], swiglu=False)
+    assert not takes(x, weight, weight[:16, 0], swiglu=True)
+    assert not takes(x[:, 1:], weight[:, 1:], None, swiglu=False)
+    assert not takes(x[:, :60].contiguous(), weight[:, :60].contiguous(), None, swiglu=False)
+    assert not takes(x, weight[:24], None, swiglu=False)
+    assert not takes(x.float(), weight.float(), None, swiglu=False)
+
+
+@pytest.mark.parametrize("name", ["vision_attention", "prefill_attention", "skinny_linear"])
 def test_a_triton_without_the_language_leaves_the_portable_kernel(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

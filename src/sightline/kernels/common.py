@@ -48,11 +48,14 @@ def multiprocessors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def on_hopper(tensor: Tensor) -> bool:
+    """Whether it is on a card of compute capability 9."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
 def hopper_form(name: str, tensor: Tensor) -> ModuleType | None:
     """The module `name`_hopper beside this one, if the tensor is on a Hopper card."""
-    if not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] != 9:
-        return None
-    return _hopper_form(name)
+    return _hopper_form(name) if on_hopper(tensor) else None
 
 
 @functools.cache

@@ -7,11 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sightline.kernels.common import on_hopper
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, eps, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row)."""
+def _rms_norm_kernel(
+    x, weight, out, eps, stride, EARLY: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program (row). EARLY: it is launched before the kernel in front has ended, and so may be the one behind it."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -28,7 +36,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if rows:
         block = triton.next_power_of_2(width)
         warps = max(1, min(8, block // 512))
-        _rms_norm_kernel[(rows,)](x, weight, out, eps, x.stride(0), WIDTH=width, BLOCK=block, num_warps=warps)
+        # `kernels.skinny_linear_hopper` behind it then reads weights meanwhile
+        early = {"launch_pdl": True} if on_hopper(x) else {}
+        _rms_norm_kernel[(rows,)](
+            x, weight, out, eps, x.stride(0), EARLY=bool(early), WIDTH=width, BLOCK=block, num_warps=warps, **early
+        )
     return out
 
 

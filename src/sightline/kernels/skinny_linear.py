@@ -2,7 +2,7 @@
 
 The rows are the narrow side of each tile, and the weights its wide one. Where tiles of whole rows of the weight are too few for
 the device, several programs share one: each leaves its sum in a workspace, and the last to come adds them up in a fixed
-order, so that the result does not depend on who was last.
+order, so that the result does not depend on who was last. On a Hopper card `kernels.skinny_linear_hopper` does the same faster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from sightline.kernels.common import dot
+from sightline.kernels.common import dot, hopper_form
 
 _MAX_BLOCKS = 16384
 
@@ -145,9 +145,15 @@ def skinny_linear(
     """x [M, K] weight [N, K]^T (+ bias [N]) (+ residual [M, N]) -> [M, N], contiguous; sums in float32, rounded once.
 
     M is at most 128. swiglu: weight is [2 N, K], gate above up, and the result silu(gate) * up, rounded as `silu_and_mul`
-    does. Rows of x and weight and the whole residual are contiguous.
+    does. Rows of x and weight and the whole residual are contiguous. shape: of the portable kernel, which it then is.
     """
     m, k = x.shape
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    arrived = _arrivals(x.device, stream)
+    hopper = hopper_form("skinny_linear", x)
+    if shape is None and hopper is not None and hopper.takes(x, weight, bias, swiglu):
+        result: Tensor = hopper.skinny_linear_hopper(x, weight, bias, residual, swiglu, arrived)
+        return result
     total = weight.shape[0]
     n = total // 2 if swiglu else total
     shape = shape or skinny_shape(total, k, x.element_size())
@@ -159,11 +165,10 @@ def skinny_linear(
     parts = out
     if splits > 1:
         parts = torch.empty(splits * block_m * blocks * block_n, dtype=torch.float32, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     assert blocks <= _MAX_BLOCKS
     even = k == length * splits and n % (block_n // 2 if swiglu else block_n) == 0
     _skinny_linear_kernel[(blocks, splits)](
-        x, weight, bias, residual, out, parts, _arrivals(x.device, stream), m, n, k, x.stride(0), weight.stride(0), length, splits,
+        x, weight, bias, residual, out, parts, arrived, m, n, k, x.stride(0), weight.stride(0), length, splits,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu, SPLIT=splits > 1, EVEN=even,
         BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -27,13 +27,18 @@ def new_weight(out_features: int, in_features: int, few_rows: bool = True) -> nn
     return nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
 
 
-# Rows up to which a kernel of our own is faster than cuBLAS, measured on an H200 at a 7B model's shapes.
-_FEW_ROWS = 32
+# Rows up to which a kernel of our own is faster than cuBLAS, measured on an H200 at a 7B model's shapes: the portable one, and
+# the one for Hopper.
+_FEW_ROWS, _FEW_ROWS_ON_HOPPER = 32, 64
 
 
 def has_few_rows(x: Tensor) -> bool:
     """Whether x [T, in] is for `kernels.skinny_linear`."""
-    return x.is_cuda and x.ndim == 2 and 1 < x.shape[0] <= _FEW_ROWS and x.element_size() == 2
+    if not (x.is_cuda and x.ndim == 2 and 1 < x.shape[0] <= _FEW_ROWS_ON_HOPPER and x.element_size() == 2):
+        return False
+    from sightline.kernels.common import on_hopper
+
+    return x.shape[0] <= _FEW_ROWS or on_hopper(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,9 +23,8 @@ from sightline.kernels.common import multiprocessors
 
 # Programs that share a tile, at most.
 _MOST_SPLITS = 8
-# Shared memory of a program that is alone on its multiprocessor, and tiles per multiprocessor from which each is a program.
-_ALONE = 220 * 1024
-_MANY = 3
+# Shared memory of the pipeline of a program, which is alone on its multiprocessor.
+_PIPELINE = 224 * 1024
 
 # named so since triton 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -165,25 +164,19 @@ def _skinny_hopper_kernel(
 
 
 class Stream(NamedTuple):
-    """Tile of the weight, how deep the pipeline is, and how many programs each multiprocessor has; 0: one for each tile."""
+    """Tile of x and the weight, and how deep the pipeline is."""
 
+    block_m: int
     block_n: int
     block_k: int
     stages: int
-    per_processor: int
-    num_warps: int = 4
 
 
-def stream_for(num_rows: int, total: int, device: torch.device) -> Stream:
-    """For x [num_rows, K] and a weight [total, K], the fastest on an H200."""
-    if triton.cdiv(total, 64) >= _MANY * multiprocessors(device):
-        return Stream(64, 128, 3, 0)
-    return Stream(64, 128, _ALONE // ((64 + block_of(num_rows)) * 128 * 2), 1)
-
-
-def block_of(num_rows: int) -> int:
-    """Rows that a tensor core takes them for."""
-    return max(16, triton.next_power_of_2(num_rows))
+def stream_for(num_rows: int) -> Stream:
+    """The fastest on an H200, where wider tiles, and two or three programs on a multiprocessor, were slower."""
+    block_m, block_n = max(16, triton.next_power_of_2(num_rows)), 64
+    block_k = 256 if block_m == 16 else 128
+    return Stream(block_m, block_n, block_k, _PIPELINE // ((block_m + block_n) * block_k * 2))
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool) -> bool:
@@ -199,16 +192,14 @@ def skinny_linear_hopper(
     residual: Tensor | None,
     swiglu: bool,
     arrived: Tensor,
-    stream: Stream | None = None,
 ) -> Tensor:
     """See `kernels.skinny_linear.skinny_linear`, which calls it where `takes` says so. arrived: int32 zeros, left so."""
     m, k = x.shape
     total, stride = weight.shape[0], weight.stride(0)
     n = total // 2 if swiglu else total
-    block_n, block_k, stages, per_processor, warps = stream or stream_for(m, total, x.device)
-    block_m = block_of(m)
+    block_m, block_n, block_k, stages = stream_for(m)
     tiles, blocks = triton.cdiv(total, block_n), triton.cdiv(k, block_k)
-    programs = per_processor * multiprocessors(x.device) or tiles
+    programs = multiprocessors(x.device)
     rounds, rest = divmod(tiles, programs)
     splits = min(programs // rest, blocks, _MOST_SPLITS) if rest else 1
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -225,6 +216,6 @@ def skinny_linear_hopper(
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, block_k], layout_x),
         bias, residual, out, parts, arrived, m, n, blocks, rounds, rest, programs,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu, SPLITS=splits,
-        BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, STAGES=stages, num_warps=warps, launch_pdl=True,
+        BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, STAGES=stages, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out

@@ -116,8 +116,10 @@ def main() -> None:
     triton.compiler.compile = compile_or_not
     began = time.monotonic()
     pictures = blank_pictures(FAMILIES[name].processor, model_dir)
+    names = [name for name, _ in model.named_modules()]
     with compiling_ahead(lambda: rehearse(executor, pictures, max_step=MAX_STEP, max_running=MAX_RUNNING)):
         pass
+    assert [name for name, _ in model.named_modules()] == names, "a rehearsal leaves the model as it was"
     print(f"ahead {len(compiled)} {time.monotonic() - began:.2f}")
     num_ahead = len(compiled)
     with launches_only_compile():

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.encoder import Encoder
@@ -25,6 +26,7 @@ from sightline.engine.peak import Blank, blank_request
 from sightline.engine.runner import ModelRunner
 from sightline.engine.sampler import Sampler
 from sightline.engine.scheduler import ScheduledRow
+from sightline.models.decoder import Decoder
 
 logger = logging.getLogger("sightline.engine")
 
@@ -100,7 +102,7 @@ def rehearse(executor: Executor, pictures: Sequence[Blank], *, max_step: int, ma
     encoder = Encoder(executor.model, executor.device, executor.group)
     sampler = Sampler(executor.model.config.vocab_size, executor.device)
     runner = ModelRunner(executor, vision_cache=VisionCache(0), sampler=sampler, eos_token_ids=())
-    with executor.group.silent():
+    with executor.group.silent(), _one_layer_of_each_kind(executor.model):
         # Llama 3.2's tower looks at its weights, and remembers what it saw
         for picture in () if executor.cross_attention else pictures:
             for _ in _encode(encoder, picture):
@@ -114,6 +116,21 @@ def rehearse(executor: Executor, pictures: Sequence[Blank], *, max_step: int, ma
             _decode(runner, num_rows)
         if executor.cross_attention and executor.backend.capturable:
             _decode_beside_pictures(executor, max_running)
+
+
+@contextmanager
+def _one_layer_of_each_kind(model: nn.Module) -> Iterator[None]:
+    """Of its decoders, and the last: the others launch nothing else, and threads that compile want Python's lock, too."""
+    decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+    whole = [decoder.layers for decoder in decoders]
+    for decoder, layers in zip(decoders, whole, strict=True):
+        kinds = {type(layer): layer for layer in reversed(layers[:-1])}
+        decoder.layers = nn.ModuleList([*kinds.values(), layers[-1]])
+    try:
+        yield
+    finally:
+        for decoder, layers in zip(decoders, whole, strict=True):
+            decoder.layers = layers
 
 
 def _encode(encoder: Encoder, picture: Blank) -> Iterator[float]:

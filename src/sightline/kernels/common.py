@@ -50,7 +50,13 @@ def multiprocessors(device: torch.device) -> int:
 
 def on_hopper(tensor: Tensor) -> bool:
     """Whether it is on a card of compute capability 9."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+    return tensor.is_cuda and _generation(tensor.device) == 9
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    """The first number of its compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def hopper_form(name: str, tensor: Tensor) -> ModuleType | None:

@@ -20,13 +20,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sightline.kernels.common import keys_of_a_split
+from sightline.kernels.gluon import barrier, load_box
 
 # Rows of a tile, and of the part that four warps have.
 BLOCK_M = 128
@@ -40,8 +40,6 @@ _COLUMNS = gl.constexpr(64)
 _LOG2_E = math.log2(math.e)
 
 # named so since triton 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _memory: Any = gl.shared_memory_descriptor
 _reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
 
@@ -67,7 +65,7 @@ def _fetch(
             row = gl.where(j * COUNT + p == num_pages - 1, -absent, 0)
             for half in gl.static_range(2):
                 at = (i * 2 + half) * COUNT + p
-                _load(pages, [ids[p], row, column + half * _COLUMNS], full.index(i), tiles.index(at))
+                load_box(pages, [ids[p], row, column + half * _COLUMNS], full.index(i), tiles.index(at))
 
 
 @gluon.jit
@@ -109,7 +107,7 @@ def _block(
     # here, because its loop ends a basic block: else the assembler puts the softmax behind the sum, beside which it should run
     mbarrier.wait(k_full.index(i_behind), ((j + 1) // STAGES) & 1, pred=j + 1 < blocks)
     acc = warpgroup_mma_wait(0, deps=[o])
-    _barrier()
+    barrier()
     mbarrier.arrive(done.index(i), count=1)
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, ACC))[:, None]
     return acc, new_top, total, weights.to(rounded.dtype)
@@ -144,7 +142,7 @@ def _attend(
     dims = gl.arange(0, _HEAD_DIM, layout=gl.SliceLayout(0, LOAD))
     queries.store(gl.load(q + at[:, None] + dims[None, :], mask=live[:, None], other=0.0))
     fence_async_shared()
-    _barrier()
+    barrier()
 
     limit = see - 1 + (ROW + gl.arange(0, _PART, layout=gl.SliceLayout(1, S))) // GROUP
     acc = gl.zeros([_PART, _HEAD_DIM], gl.float32, ACC)
@@ -152,7 +150,7 @@ def _attend(
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(queries, ks.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = _mask(warpgroup_mma_wait(0, deps=[s]), 0, limit, end, BLOCK_N)
-    _barrier()
+    barrier()
     mbarrier.arrive(done.index(0), count=1)
     top = gl.max(scores, 1) * scale
     shift = gl.where(top == float("-inf"), 0.0, top) if SPLIT else top

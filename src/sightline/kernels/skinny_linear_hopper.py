@@ -15,20 +15,17 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sightline.kernels.common import multiprocessors
+from sightline.kernels.gluon import barrier, load_box
 
 # Programs that share a tile, at most.
 _MOST_SPLITS = 8
 # Shared memory of the pipeline of a program, which is alone on its multiprocessor.
 _PIPELINE = 224 * 1024
-
-# named so since triton 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -54,7 +51,7 @@ def _sum(
     at += ((row // 8) * (BLOCK_M // 8) + column // 8) * 64 + row % 8 * 8 + column % 8
     live = (column // 8 * 8 < m) & (row >= 0)
     gl.store(at + split * PART, acc, mask=live)
-    _barrier()
+    barrier()
     last = gl.atomic_add(arrived + slot, 1, sem="acq_rel") == SPLITS - 1
     if last:
         # as it was found, for the next launch
@@ -130,11 +127,11 @@ def _skinny_hopper_kernel(
     for t in gl.static_range(STAGES):
         tile, inner = _place(t, blocks, rounds, programs, program, slot, begin)
         mbarrier.expect(ready.index(t), BYTES, t < count)
-        _load(weight, [tile * GROUPS, 0, 0, inner * BLOCK_K], ready.index(t), tiles.index(t), t < count)
+        load_box(weight, [tile * GROUPS, 0, 0, inner * BLOCK_K], ready.index(t), tiles.index(t), t < count)
     gdc_wait()
     for t in gl.static_range(STAGES):
         tile, inner = _place(t, blocks, rounds, programs, program, slot, begin)
-        _load(x, [0, inner * BLOCK_K], ready.index(t), inputs.index(t), t < count)
+        load_box(x, [0, inner * BLOCK_K], ready.index(t), inputs.index(t), t < count)
 
     for u in range(rounds + has_share):
         # not carried from tile to tile: triton 3.6 takes such a number for constant
@@ -147,12 +144,12 @@ def _skinny_hopper_kernel(
             rows = tiles.index(i).reshape([BLOCK_N, BLOCK_K])
             acc = warpgroup_mma(rows, inputs.index(i).permute((1, 0)), acc)
             # read by all before it is overwritten
-            _barrier()
+            barrier()
             wanted = j + STAGES < count
             place, inner = _place(j + STAGES, blocks, rounds, programs, program, slot, begin)
             mbarrier.expect(ready.index(i), BYTES, wanted)
-            _load(weight, [place * GROUPS, 0, 0, inner * BLOCK_K], ready.index(i), tiles.index(i), wanted)
-            _load(x, [0, inner * BLOCK_K], ready.index(i), inputs.index(i), wanted)
+            load_box(weight, [place * GROUPS, 0, 0, inner * BLOCK_K], ready.index(i), tiles.index(i), wanted)
+            load_box(x, [0, inner * BLOCK_K], ready.index(i), inputs.index(i), wanted)
         if SPLITS > 1:
             if u >= rounds:
                 acc, last = _sum(acc, parts, arrived, m, slot, split, SPLITS, BLOCK_N, BLOCK_M, ACC)

@@ -20,11 +20,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sightline.kernels.gluon import barrier, load_box
 
 # Four warps each, with so many rows.
 _GROUPS = gl.constexpr(3)
@@ -36,10 +37,6 @@ _MAIN = gl.constexpr(64)
 _REST = gl.constexpr(16)
 _LOG2_E = math.log2(math.e)
 
-# named so since triton 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
 
 @gluon.jit
 def _fetch(main, rest, tiles, tiles_rest, full, done, picture, column, blocks):
@@ -48,8 +45,8 @@ def _fetch(main, rest, tiles, tiles_rest, full, done, picture, column, blocks):
         i = j % _STAGES
         mbarrier.wait(done.index(i), ((j // _STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(i), _BLOCK_N * (_MAIN + _REST) * 2)
-        _load(main, [picture, j * _BLOCK_N, column], full.index(i), tiles.index(i))
-        _load(rest, [picture, j * _BLOCK_N, column + _MAIN], full.index(i), tiles_rest.index(i))
+        load_box(main, [picture, j * _BLOCK_N, column], full.index(i), tiles.index(i))
+        load_box(rest, [picture, j * _BLOCK_N, column + _MAIN], full.index(i), tiles_rest.index(i))
 
 
 @gluon.jit
@@ -86,7 +83,7 @@ def _block(acc, acc_rest, top, total, memory, j, num_patches, scale, MASKED: gl.
     o = warpgroup_mma(gl.convert_layout(rounded, P_MAIN), values, acc, is_async=True)
     r = warpgroup_mma(gl.convert_layout(rounded, P_REST), values_rest, acc_rest, is_async=True)
     acc, acc_rest = warpgroup_mma_wait(0, deps=[o, r])
-    _barrier()
+    barrier()
     mbarrier.arrive(done.index(i), count=1)
     return acc, acc_rest, new_top, total
 
@@ -123,7 +120,7 @@ def _attend(q, out, stride, stride_out, memory, head, row0, scale, HEAD_DIM: gl.
     at, live = _places(q, stride, head, row0, _MAIN, _REST, HEAD_DIM, LOAD_REST)
     q_rest.store(gl.load(at, mask=live, other=0.0))
     fence_async_shared()
-    _barrier()
+    barrier()
 
     acc = gl.zeros([_PART, _MAIN], gl.float32, MAIN)
     acc_rest = gl.zeros([_PART, _REST], gl.float32, REST)

@@ -180,18 +180,22 @@ def test_many_clients_on_a_small_pool(model: Callable[[], Path], num_prompts: in
         assert engine["retractions"] > 0, "the pool was not small enough"
         assert engine["cached_tokens"] > 0
 
-        # Again, with a third of the clients hanging up somewhere; the others notice nothing.
-        before = rss(server)
-        cuts = {i: rng.randint(1, MAX_TOKENS) for i in range(0, num_requests, 3)}
-        answers = asyncio.run(ask_all(url, numbers, cuts))
-        for i, (number, answer) in enumerate(zip(numbers, answers, strict=True)):
-            if i not in cuts:
-                check(answer, lone[number])
-        engine = asyncio.run(settle(url))
-        assert engine["pages_in_use"] == 0
-        assert engine["aborts"] > 0
-        assert engine["num_running"] == engine["num_waiting"] == 0
-        grown = (rss(server) - before) / 2**20
-        assert grown < 16, f"the server grew by {grown:.0f} MiB in a second, equal round"
+        # Again, with a third of the clients hanging up somewhere; the others notice nothing. An allocator may keep more of one round
+        # than of the one before; what leaks is lost in every round.
+        for _ in range(4):
+            before = rss(server)
+            cuts = {i: rng.randint(1, MAX_TOKENS) for i in range(0, num_requests, 3)}
+            answers = asyncio.run(ask_all(url, numbers, cuts))
+            for i, (number, answer) in enumerate(zip(numbers, answers, strict=True)):
+                if i not in cuts:
+                    check(answer, lone[number])
+            engine = asyncio.run(settle(url))
+            assert engine["pages_in_use"] == 0
+            assert engine["aborts"] > 0
+            assert engine["num_running"] == engine["num_waiting"] == 0
+            grown = (rss(server) - before) / 2**20
+            if grown < 8:
+                break
+        assert grown < 8, f"the server grew in each of four equal rounds, by {grown:.0f} MiB in the last"
         assert server.terminate() == 0
         assert "Traceback" not in server.log(), server.log()[-5000:]

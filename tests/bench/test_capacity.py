@@ -200,12 +200,25 @@ LOADS = (
 
 
 def test_predictions_are_true_of_real_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One engine is calibrated; what one and two will do follows. Steps sleep, so that the speed of this machine matters little."""
+    """One engine is calibrated; what one and two will do follows. Steps sleep, so that the speed of this machine matters little.
+
+    Its neighbours disturb single loads all the same (a third of the runs on a virtual machine with two cores), so each load has
+    three attempts.
+    """
     monkeypatch.setattr(calibrate, "_LOADS", LOADS)
     traffic = Traffic(clients=4, num_requests=20, answer=12)
     kind = {"image_size": (224, 224), "quiet": True}
+
+    def requests_per_second(server: ServerProcess, found: Profile) -> calibrate.Comparison:
+        for _ in range(3):
+            compared = asyncio.run(calibrate.check(server.base_url, found, traffic=traffic, **kind))
+            print([f"{c.name} {c.measured:.4g} {c.predicted:.4g}" for c in compared])
+            assert compared[0].name == "requests/s"
+            if abs(compared[0].error) < 0.15:
+                break
+        return compared[0]
+
     with Timed(1) as server:
-        # a neighbour on the cores disturbs single loads: a third of the runs on a virtual machine with two
         for _ in range(3):
             found, worst = asyncio.run(calibrate.calibrate(server.base_url, **kind))
             if worst < 0.15:
@@ -214,11 +227,9 @@ def test_predictions_are_true_of_real_servers(monkeypatch: pytest.MonkeyPatch) -
         assert found.costs.step == pytest.approx(COSTS.step, rel=0.25)
         # A sleeping engine needs no processor.
         found = msgspec.structs.replace(found, cores=None)
-        one = asyncio.run(calibrate.check(server.base_url, found, traffic=traffic, **kind))
+        one = requests_per_second(server, found)
     with Timed(2) as server:
-        two = asyncio.run(calibrate.check(server.base_url, found, traffic=traffic, **kind))
+        two = requests_per_second(server, found)
     for compared in (one, two):
-        print([f"{c.name} {c.measured:.4g} {c.predicted:.4g}" for c in compared])
-        assert compared[0].name == "requests/s"
-        assert abs(compared[0].error) < 0.15
-    assert two[0].measured > 1.6 * one[0].measured
+        assert abs(compared.error) < 0.15, compared
+    assert two.measured > 1.6 * one.measured

@@ -731,6 +731,36 @@ def test_nothing_of_one_answer_goes_into_the_next_request(host: Callable[[bytes 
     assert b"cookie" not in second.lower()
 
 
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_kept_connection_that_its_host_closes_is_no_failure(how: str, host: Callable[[bytes | Script], str]) -> None:
+    dials: list[int] = []
+
+    def once(connection: socket.socket) -> None:
+        dials.append(1)
+        if len(dials) < 4:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc")
+            connection.recv(65536)
+        if how == "reset":
+            reset(connection)
+
+    url = host(once)
+
+    async def fetch() -> None:
+        loader = MediaLoader(OPEN)
+        # Two connections are kept; the first of them to be used again is dropped, and so is the second.
+        both = await asyncio.gather(loader.load(url, bytes), loader.load(url, bytes))
+        assert both == [b"abc", b"abc"]
+        assert await loader.load(url, bytes) == b"abc"
+        assert len(dials) == 3
+        # From here on the host answers nobody: one fresh connection is tried, not more.
+        with pytest.raises(ImageError, match="could not be reached or gave no valid answer"):
+            await loader.load(url, bytes)
+        assert len(dials) == 4
+        await loader.close()
+
+    asyncio.run(fetch())
+
+
 def test_a_good_host(host: Callable[[bytes | Script], str]) -> None:
     body = photo()
     good = host(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % len(body) + body)

@@ -63,7 +63,7 @@ def test_odd_pictures_are_answered(guarded: Guarded, count: Count) -> None:
     with HostileHost({str(i): answer(data) for i, (_, data) in enumerate(pictures)}) as host:
         for i, (name, data) in enumerate(pictures):
             inline, fetched = (guarded.post({"messages": ask(part(url))}) for url in (data_url(data), host.url(str(i))))
-            assert inline.status_code == fetched.status_code == 200, (name, inline.text)
+            assert inline.status_code == fetched.status_code == 200, (name, inline.text, fetched.text)
             assert inline.json()["choices"] == fetched.json()["choices"]
     count(2 * len(pictures), "pixel by pixel: tests/prompt/test_media.py")
 

@@ -161,12 +161,8 @@ class MediaLoader:
     async def _follow(self, url: str) -> bytes:
         for _ in range(self.limits.max_redirects + 1):
             target = self._check_url(url)
-            raw = httpcore2.URL(
-                scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path
-            )
-            async with self._connections().stream(
-                "GET", raw, headers=[(b"Host", target.netloc), *_HEADERS, *caller().outgoing]
-            ) as response:
+            async with contextlib.AsyncExitStack() as until_read:
+                response = await self._ask(target, until_read)
                 headers = {name.lower(): value.decode("latin-1") for name, value in response.headers}
                 if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
                     url = str(target.join(headers[b"location"]))
@@ -177,6 +173,26 @@ class MediaLoader:
                     raise _failed("The image's host sent compressed content, which is not accepted.")
                 return await self._read_body(response, headers)
         raise _failed(f"The image's URL was redirected more than {self.limits.max_redirects} times.")
+
+    async def _ask(self, target: httpx2.URL, until_read: contextlib.AsyncExitStack) -> httpcore2.Response:
+        """The head of the answer to one GET. A host may close a kept connection just as it is used again: that is no answer, and
+        another one is asked (RFC 9112, section 9.3.1), until one that was dialled for this request fails too."""
+        raw = httpcore2.URL(scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path)
+        headers = [(b"Host", target.netloc), *_HEADERS, *caller().outgoing]
+        dialled = False
+
+        async def trace(event: str, info: Mapping[str, Any]) -> None:
+            nonlocal dialled
+            dialled = dialled or event == "connection.connect_tcp.started"
+
+        while True:
+            try:
+                return await until_read.enter_async_context(
+                    self._connections().stream("GET", raw, headers=headers, extensions={"trace": trace})
+                )
+            except (httpcore2.NetworkError, httpcore2.RemoteProtocolError):
+                if dialled:
+                    raise
 
     async def _read_body(self, response: httpcore2.Response, headers: Mapping[bytes, str]) -> bytes:
         limit = self.limits.max_image_bytes

@@ -41,7 +41,13 @@ def table(config: ServerConfig, media: MediaLimits) -> list[Limit]:
         Limit(
             "decode_memory", media.decode_bytes / 1e6, "MB", "", "waits", "pictures decoded at once, in this process"
         ),
-        of("fetch_time", "media_timeout", "s", "400", "one picture: name, connections, redirects, body; no retries"),
+        of(
+            "fetch_time",
+            "media_timeout",
+            "s",
+            "400",
+            "one picture: name, connections, redirects, body; retried if a kept connection was closed",
+        ),
         of("redirects", "media_redirects", "redirects", "400", "of one picture, each checked like the first URL"),
         of("private_addresses", "allow_private_media", "", "403", "whether pictures may come from private addresses"),
         of("requests", "max_queued_requests", "requests", "503", "in flight, waiting ones included"),

@@ -68,8 +68,7 @@ slowed.
 TAIL = """
 What a row passes is what its tests assert, which is less than the full check where this list says so:
 
-- 10: ten minutes at the full counts; in runs of before 2026-11-27, seconds. Before and after are taken beside as many invalid requests, which the
-  engine never sees; in runs of before 2026-11-28, beside none.
+- 10: ten minutes at the full counts. Before and after are taken beside as many invalid requests, which the engine never sees.
 - 34: of text requests meanwhile the median is bounded, by a fifth and 10 ms more than alone. The p99 is not: on two cores it is several times that.
 - 35: the pixels of each mode are asserted by tests/prompt/test_media.py, here that every way gives the same answer.
 - 38: others' gaps meanwhile are measured, not bounded: finding what a hostile grammar allows next may take a fifth of a second.

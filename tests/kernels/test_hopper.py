@@ -23,6 +23,9 @@ from sightline.kernels.prefill_attention import (
 )
 from sightline.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from sightline.kernels.vision_attention import vision_attention, vision_attention_reference
+from sightline.layers.linear import MergedLinear
+from sightline.layers.norm import RMSNorm
+from sightline.layers.normed import normed_swiglu
 from tests.kernels.test_attention import Paged, queries
 
 # In a process of its own: under TRITON_INTERPRET, which other tests here may run with, nothing is compiled; and with a driver that
@@ -37,6 +40,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from sightline.engine.ahead import launches_only_compile
 from sightline.kernels.prefill_attention import prefill_attention, prefill_tile
 from sightline.kernels.skinny_linear import skinny_linear
+from sightline.kernels.swiglu_linear_hopper import swiglu_linear_hopper
 from sightline.kernels.vision_attention import vision_attention
 from tests.kernels.rehearsal import pretend
 
@@ -54,6 +58,9 @@ def prefill(num_rows, num_heads, num_kv_heads, num_splits=1):
 def skinny(num_rows, inner, out, swiglu=False, **more):
     more = {name: tensor(*shape) for name, shape in more.items()}
     skinny_linear(tensor(num_rows, inner), tensor(2 * out if swiglu else out, inner), swiglu=swiglu, **more)
+
+def swiglu(num_rows, inner, out):
+    swiglu_linear_hopper(tensor(num_rows, inner), tensor(2 * out, inner))
 
 def compile_and_look(source, **options):
     kernel = compile_kernel(source, **options)
@@ -88,6 +95,7 @@ _SHARED = 228
         ("skinny(16, 3584, 4608, bias=[4608])", 1),
         ("skinny(64, 4096, 11008, swiglu=True)", 1),
         ("skinny(32, 3584, 18944, swiglu=True)", 1),
+        ("swiglu(2048, 3584, 18944)", 1),
     ],
 )
 def test_it_compiles_for_hopper_and_fits(launch: str, programs: int, tmp_path: Path) -> None:
@@ -245,6 +253,43 @@ def test_skinny_products_equal_torch(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("inner", "out", "dtype"),
+    [
+        (3584, 18944, torch.bfloat16),
+        # less than a tile of features, and less than a block of K
+        (72, 40, torch.float16),
+        (4096, 14344, torch.float16),
+    ],
+)
+def test_products_that_end_with_swiglu_equal_torch(
+    inner: int, out: int, dtype: torch.dtype, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From so many rows on that there are several tiles for each program, and one for some; nothing is written behind the last row."""
+    gate_up = MergedLinear(inner, {"gate_proj": out, "up_proj": out}).to(hopper, dtype)
+    gate_up.weight.copy_(torch.randn(2 * out, inner) * inner**-0.5)
+    norm = RMSNorm(inner, 1e-6).to(hopper, dtype)
+    torch.nn.init.normal_(norm.weight)
+    form = common.hopper_form("swiglu_linear", gate_up.weight)
+    assert form is not None
+    calls = []
+    original = form.swiglu_linear_hopper
+    monkeypatch.setattr(form, "swiglu_linear_hopper", lambda x, weight: calls.append(len(x)) or original(x, weight))
+    tolerance = 4 * torch.finfo(dtype).eps
+    for num_rows in (511, 512, 513, 700, 4097):
+        x = torch.randn(num_rows, inner).to(hopper, dtype)
+        expected = skinny_linear_reference(norm(x), gate_up.weight, swiglu=True)
+        torch.testing.assert_close(normed_swiglu(norm, gate_up, x), expected, atol=tolerance, rtol=tolerance)
+    assert calls == [512, 513, 700, 4097]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = [normed_swiglu(norm, gate_up, x) for _ in range(3)]
+    for _ in range(3):
+        graph.replay()
+    assert all(torch.equal(each, normed_swiglu(norm, gate_up, x)) for each in again)
+
+
+@pytest.mark.gpu
 def test_kernels_that_begin_early_wait_for_what_they_read(hopper: torch.device) -> None:
     """A chain of products and norms in a graph, behind slow work on two streams that were one before."""
     weights = [(torch.randn(1024, 1024) / 32).to(hopper, torch.bfloat16) for _ in range(4)]
@@ -290,7 +335,19 @@ def test_other_products_stay_with_the_portable_kernel() -> None:
     assert not takes(x.float(), weight.float(), None, swiglu=False)
 
 
-@pytest.mark.parametrize("name", ["vision_attention", "prefill_attention", "skinny_linear"])
+def test_other_products_with_swiglu_stay_with_cublas() -> None:
+    pytest.importorskip("triton.experimental.gluon", reason="a triton without the language")
+    from sightline.kernels.swiglu_linear_hopper import takes
+
+    x, weight = torch.zeros(600, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
+    assert takes(x, weight)
+    assert not takes(x[:, 1:], weight[:, 1:])
+    assert not takes(x[:, :60].contiguous(), weight[:, :60].contiguous())
+    assert not takes(x, weight[:24])
+    assert not takes(x.float(), weight.float())
+
+
+@pytest.mark.parametrize("name", ["vision_attention", "prefill_attention", "skinny_linear", "swiglu_linear"])
 def test_a_triton_without_the_language_leaves_the_portable_kernel(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

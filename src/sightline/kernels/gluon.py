@@ -7,3 +7,4 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global

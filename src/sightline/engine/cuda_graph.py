@@ -22,7 +22,7 @@ from sightline.engine.encoder import has_cross_attention
 # Prompts of one mixed step, at most.
 _MAX_PROMPTS = 32
 # Rows of a mixed step, up to the scheduler's bound, and of these how many decode or are sampled.
-_TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 1024)
+_TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792)
 _SAMPLED = (16, 64, 128, 256)
 _MIN_GAP = 128
 # Pictures beside the text that a row of a decode step may see.

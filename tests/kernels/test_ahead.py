@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="no triton on this machine")
 
+from sightline.engine import ahead
 from tests import released
 
 
@@ -34,3 +37,32 @@ def test_a_start_launches_nothing_that_was_not_compiled_ahead(kind: str, tmp_pat
     first, *late = done.stdout.splitlines()
     assert late == []
     assert int(first.split()[1]) > 20
+
+
+def test_a_fork_leaves_what_it_did_on_disk_and_harms_nobody(tmp_path: Path) -> None:
+    here = os.getpid()
+
+    def work() -> None:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        raise ValueError("told to nobody")
+
+    ahead._in_a_fork(work)
+    assert int((tmp_path / "pid").read_text()) != here
+    assert os.getpid() == here
+
+
+def test_a_fork_that_hangs_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ahead, "_FORK_SECONDS", 1.0)
+
+    def hang() -> None:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    began = time.monotonic()
+    ahead._in_a_fork(hang)
+    assert time.monotonic() - began < 10
+    assert "stopped" in caplog.text
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

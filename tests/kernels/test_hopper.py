@@ -266,9 +266,10 @@ def test_products_that_end_with_swiglu_equal_torch(
     inner: int, out: int, dtype: torch.dtype, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From so many rows on that there are several tiles for each program, and one for some; nothing is written behind the last row."""
-    gate_up = MergedLinear(inner, {"gate_proj": out, "up_proj": out}).to(hopper, dtype)
+    with hopper:
+        gate_up = MergedLinear(inner, {"gate_proj": out, "up_proj": out}).to(dtype)
+        norm = RMSNorm(inner, 1e-6).to(dtype)
     gate_up.weight.copy_(torch.randn(2 * out, inner) * inner**-0.5)
-    norm = RMSNorm(inner, 1e-6).to(hopper, dtype)
     torch.nn.init.normal_(norm.weight)
     form = common.hopper_form("swiglu_linear", gate_up.weight)
     assert form is not None

@@ -2,13 +2,15 @@
 
 Triton compiles a kernel at its first launch, and runs a C compiler for what launches it: one after the other that took 10 of
 the 30 s of a first start. So the steps of a start are rehearsed as soon as the model has its memory: launches only hand
-their kernels to a pool of threads (Triton's compiler does not hold Python's lock), which go on while the weights are loaded.
+their kernels to a pool of threads, which go on while the weights are loaded. Half of a compilation is Python, so each is done in a
+fork of this process, which leaves it in Triton's cache; the thread then only loads it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +35,8 @@ logger = logging.getLogger("sightline.engine")
 # Sizes of decode steps between which kernels or their tiles differ.
 _DECODE_ROWS = (1, 16, 32, 64)
 _PROMPTS = (PAGE_SIZE - 1, 2 * PAGE_SIZE - 1, 1024)
+# Of a kernel that takes two: a fork hangs if a lock that it needs was held by another thread.
+_FORK_SECONDS = 20.0
 
 
 class _Compilers(ThreadPoolExecutor):
@@ -43,10 +47,29 @@ class _Compilers(ThreadPoolExecutor):
 
 
 def _ready_to_launch(compile_kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _in_a_fork(lambda: compile_kernel(*args, **kwargs))
     kernel = compile_kernel(*args, **kwargs)
     # the property makes its launcher and loads both
     _ = kernel.run
     return kernel
+
+
+def _in_a_fork(work: Callable[[], object]) -> None:
+    """Do it for what it leaves on disk. Whether it succeeded is not told: the caller does it again."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    end = time.monotonic() + _FORK_SECONDS
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            logger.warning("a kernel's compiler was stopped after %.0f s", _FORK_SECONDS)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return
+        time.sleep(0.005)
 
 
 @contextmanager

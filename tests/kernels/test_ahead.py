@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -66,3 +67,21 @@ def test_a_fork_that_hangs_is_stopped(
     assert "stopped" in caplog.text
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_without_forks_threads_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory() -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "fork", no_memory)
+    compiled = []
+
+    class Kernel:
+        run = None
+
+    def compile_kernel() -> Kernel:
+        compiled.append(Kernel())
+        return compiled[-1]
+
+    assert ahead._ready_to_launch(compile_kernel) is compiled[0]
+    assert len(compiled) == 1

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -47,7 +47,9 @@ class _Compilers(ThreadPoolExecutor):
 
 
 def _ready_to_launch(compile_kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    _in_a_fork(lambda: compile_kernel(*args, **kwargs))
+    # no memory for a fork, or SIGCHLD ignored: then this thread compiles
+    with suppress(OSError):
+        _in_a_fork(lambda: compile_kernel(*args, **kwargs))
     kernel = compile_kernel(*args, **kwargs)
     # the property makes its launcher and loads both
     _ = kernel.run

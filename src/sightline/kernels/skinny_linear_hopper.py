@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sightline.kernels.common import multiprocessors
-from sightline.kernels.gluon import barrier, load_box
+from sightline.kernels.gluon import barrier, load_box, silu_and_mul, suits_the_copy_engine
 
 # Programs that share a tile, at most.
 _MOST_SPLITS = 8
@@ -90,9 +90,7 @@ def _finish(
         gate, up = _pairs(acc, BLOCK_N, BLOCK_M)
         at, _ = _pairs(at, BLOCK_N, BLOCK_M)
         mask, _ = _pairs(mask, BLOCK_N, BLOCK_M)
-        gate = gate.to(dtype).to(gl.float32)
-        rounded = (gate / (1.0 + gl.exp(-gate))).to(dtype)
-        acc = rounded.to(gl.float32) * up.to(dtype).to(gl.float32)
+        acc = silu_and_mul(gate, up, dtype)
     if HAS_RESIDUAL:
         acc += gl.load(residual + at, mask=mask != 0, other=0.0).to(gl.float32)
     gl.store(out + at, acc.to(dtype), mask=mask != 0)
@@ -177,9 +175,8 @@ def stream_for(num_rows: int) -> Stream:
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool) -> bool:
-    """Whether this kernel computes the product: the copy engine wants rows of whole 16 bytes, and pairs of whole groups."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and weight.stride(0) % 8 == 0
-    return x.element_size() == 2 and aligned and weight.shape[0] % 16 == 0 and not (swiglu and bias is not None)
+    """Whether this kernel computes the product."""
+    return suits_the_copy_engine(x, weight) and not (swiglu and bias is not None)
 
 
 def skinny_linear_hopper(

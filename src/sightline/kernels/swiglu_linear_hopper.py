@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sightline.kernels.common import multiprocessors
-from sightline.kernels.gluon import barrier, load_box, store_box
+from sightline.kernels.gluon import barrier, load_box, silu_and_mul, store_box, suits_the_copy_engine
 
 # Rows that four warps have of a tile; its rows of the weight, gates and ups; of K, what 128 bytes hold; buffers.
 _PART, _BLOCK_N, _BLOCK_K, _STAGES = gl.constexpr(64), gl.constexpr(256), gl.constexpr(64), gl.constexpr(4)
@@ -62,15 +62,6 @@ def _fetch(x, weight, xs, weights, full, done, tiles_m, tiles_n, blocks):
 
 
 @gluon.jit
-def _swiglu(acc, dtype: gl.constexpr):
-    """acc [rows, 2 F], even groups of eight columns the gate's, odd ones the up's -> [rows, F], rounded as `silu_and_mul` does."""
-    gate, up = acc.reshape([_PART, _GROUPS, 2, 8]).permute((0, 1, 3, 2)).split()
-    gate = gate.to(dtype).to(gl.float32)
-    rounded = (gate / (1.0 + gl.exp(-gate))).to(dtype)
-    return (rounded.to(gl.float32) * up.to(dtype).to(gl.float32)).to(dtype).reshape([_PART, _FEATURES])
-
-
-@gluon.jit
 def _multiply(out, xs, weights, results, full, done, tiles_m, tiles_n, blocks, PART: gl.constexpr):
     """Four warps: rows 64 PART .. 64 PART + 63 of each tile."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BLOCK_N, 16])
@@ -92,7 +83,9 @@ def _multiply(out, xs, weights, results, full, done, tiles_m, tiles_n, blocks, P
         acc = warpgroup_mma_wait(0, deps=[acc])
         barrier()
         mbarrier.arrive(done.index((count - 1) % _STAGES), count=1)
-        values = _swiglu(acc, out.dtype)
+        # columns in groups of eight, the gate's before the up's
+        gate, up = acc.reshape([_PART, _GROUPS, 2, 8]).permute((0, 1, 3, 2)).split()
+        values = silu_and_mul(gate, up, out.dtype).to(out.dtype).reshape([_PART, _FEATURES])
         tma.store_wait(0)
         barrier()
         result.store(values)
@@ -129,15 +122,12 @@ def _swiglu_linear_kernel(x, weight, out, tiles_m, tiles_n, blocks, num_warps: g
         mbarrier.invalidate(done.index(i))
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether this kernel computes the product: the copy engine wants rows of whole 16 bytes, and pairs of whole groups."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and weight.stride(0) % 8 == 0
-    return x.element_size() == 2 and aligned and weight.shape[0] % 16 == 0
+# Whether this kernel computes the product.
+takes = suits_the_copy_engine
 
 
 def swiglu_linear_hopper(x: Tensor, weight: Tensor) -> Tensor:
-    """silu(gate) * up of x [M, K] weight [2 F, K]^T, gate above up -> [M, F], contiguous; sums in float32, rounded as
-    `silu_and_mul` of the rounded product. `takes` says for which."""
+    """See `kernels.swiglu_linear.swiglu_linear`, which calls it where `takes` says so."""
     m, k = x.shape
     features, stride = weight.shape[0] // 2, weight.stride(0)
     out = torch.empty(m, features, dtype=x.dtype, device=x.device)

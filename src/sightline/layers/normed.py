@@ -32,10 +32,7 @@ def normed_swiglu(norm: RMSNorm, gate_up: Linear, x: Tensor) -> Tensor:
 
         return skinny_linear(norm(x), gate_up.weight, swiglu=True)
     if x.is_cuda and x.shape[0] >= _MANY_ROWS:
-        from sightline.kernels.common import hopper_form
+        from sightline.kernels.swiglu_linear import swiglu_linear
 
-        hopper = hopper_form("swiglu_linear", x)
-        if hopper is not None and hopper.takes(x, gate_up.weight):
-            inner: Tensor = hopper.swiglu_linear_hopper(norm(x), gate_up.weight)
-            return inner
+        return swiglu_linear(norm(x), gate_up.weight)
     return silu_and_mul(gate_up(norm(x)))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="no triton on this machine")
+
+from triton import AsyncCompileMode
 
 from sightline.engine import ahead
 from tests import released
@@ -83,5 +88,25 @@ def test_without_forks_threads_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.append(Kernel())
         return compiled[-1]
 
-    assert ahead._ready_to_launch(compile_kernel) is compiled[0]
+    assert ahead._compile_in_a_fork(compile_kernel) is compiled[0]
     assert len(compiled) == 1
+
+
+def test_only_what_the_cache_lacks_is_compiled_in_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.cache import get_cache_manager
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    forked = []
+    monkeypatch.setattr(ahead, "_in_a_fork", forked.append)
+
+    def compile_kernel() -> str:
+        get_cache_manager(hashlib.sha256(b"key").hexdigest()).put("code", "kernel.ptx", binary=False)
+        return "kernel"
+
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as threads:
+            mode = ahead._mode(threads)
+            # what the mode calls when the kernel is there, and in newer versions when it failed
+            more = [lambda *_: None] * (len(inspect.signature(AsyncCompileMode.submit).parameters) - 3)
+            assert mode.submit("key", compile_kernel, *more).result() == "kernel"
+    assert forked == [compile_kernel]

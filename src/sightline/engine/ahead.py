@@ -2,12 +2,13 @@
 
 Triton compiles a kernel at its first launch, and runs a C compiler for what launches it: one after the other that took 10 of
 the 30 s of a first start. So the steps of a start are rehearsed as soon as the model has its memory: launches only hand
-their kernels to a pool of threads, which go on while the weights are loaded. Half of a compilation is Python, so each is done in a
-fork of this process, which leaves it in Triton's cache; the thread then only loads it.
+their kernels to a pool of threads, which go on while the weights are loaded. Half of a compilation is Python, so what Triton's cache
+lacks is compiled in forks of this process, which leave it there; the threads then only load it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,13 +49,32 @@ class _Compilers(ThreadPoolExecutor):
 
 
 def _ready_to_launch(compile_kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # no memory for a fork, or SIGCHLD ignored: then this thread compiles
-    with suppress(OSError):
-        _in_a_fork(lambda: compile_kernel(*args, **kwargs))
     kernel = compile_kernel(*args, **kwargs)
     # the property makes its launcher and loads both
     _ = kernel.run
     return kernel
+
+
+def _mode(compilers: ThreadPoolExecutor) -> Any:
+    """Triton's, in which launches hand their kernels to `compilers`."""
+    from triton import AsyncCompileMode
+    from triton.runtime.cache import get_cache_manager
+
+    class Mode(AsyncCompileMode):
+        def submit(self, key: str, compile_kernel: Callable[[], Any], *more: Any) -> Any:
+            place = get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).cache_dir
+            if not os.listdir(place):
+                compile_kernel = partial(_compile_in_a_fork, compile_kernel)
+            return super().submit(key, compile_kernel, *more)
+
+    return Mode(compilers, ignore_errors=True)
+
+
+def _compile_in_a_fork(compile_kernel: Callable[[], Any]) -> Any:
+    # no memory for a fork, or SIGCHLD ignored: then this thread compiles
+    with suppress(OSError):
+        _in_a_fork(compile_kernel)
+    return compile_kernel()
 
 
 def _in_a_fork(work: Callable[[], object]) -> None:
@@ -80,12 +101,10 @@ def compiling_ahead(rehearsal: Callable[[], None]) -> Iterator[None]:
 
     What cannot be compiled is tried again, and reported, where it is launched.
     """
-    from triton import AsyncCompileMode
-
     began = time.monotonic()
     current = torch.cuda.current_device()
     with _Compilers(len(os.sched_getaffinity(0)), "compile", torch.cuda.set_device, (current,)) as compilers:
-        mode = AsyncCompileMode(compilers, ignore_errors=True)
+        mode = _mode(compilers)
         with mode:
             with launches_only_compile():
                 try:

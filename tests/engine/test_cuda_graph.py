@@ -28,7 +28,7 @@ class Backend:
         return np.asarray(tiles, dtype=np.int32).reshape(-1, 2)
 
 
-def make(cross_attention: bool) -> StepGraphs:
+def make(cross_attention: bool, max_mixed: int = 512) -> StepGraphs:
     model: Any = nn.Module()
     model.cross_attention = cross_attention
     model.config = SimpleNamespace(hidden_size=8, vocab_size=10)
@@ -43,7 +43,7 @@ def make(cross_attention: bool) -> StepGraphs:
         backend,
         max_batch=32,
         max_running=100,
-        max_mixed=512,
+        max_mixed=max_mixed,
         max_pages=4,
         num_heads=2,
         device=cpu,
@@ -106,11 +106,10 @@ def test_which_graph_of_a_model_whose_rows_may_see_pictures(
     assert expected is None or expected in seeing.planned
 
 
-def test_a_wide_gap_is_not_padded(graphs: StepGraphs) -> None:
-    graphs.token_sizes = [256, 2048]
-    graphs.planned = [GraphKey(2048, 16), GraphKey(256, 16)]
-    assert graphs.key(300, 4, 6, 5) is None
-    assert graphs.key(1700, 4, 6, 5) == GraphKey(2048, 16)
+def test_steps_that_keep_a_device_busy_for_longer_than_their_launches_have_no_graph() -> None:
+    graphs = make(cross_attention=False, max_mixed=8192)
+    assert graphs.key(2048, 4, 6, 5) == GraphKey(2048, 16)
+    assert graphs.key(2049, 4, 6, 5) is None
 
 
 class Graph:

@@ -121,3 +121,15 @@ def test_a_picture_of_many_features_is_large_while_it_is_next():
     # three parts of A; its last and two of the large one, whose last two share a slice with the first of B; B and its end
     assert sizes == [False, False, True, False, False]
     assert not waiting.large
+
+
+def test_what_one_picture_took_says_whether_the_next_of_its_kind_is_large():
+    """Tokens alone do not: a family may make many of little work."""
+    for num_tokens, slice, before, after in ((LARGE + 1, 3.0, True, False), (7, 1.0, False, True)):
+        first, second = (ImageRef(name * 32, 0, num_tokens, (1, 1, 1)) for name in (b"d", b"e"))
+        waiting = queue(Counting(slice=slice), first)
+        assert waiting.large == before
+        while waiting:
+            waiting.advance((), True)
+        waiting.add([second], ["e"])
+        assert waiting.large == after

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,3 +174,54 @@ def test_beside_others_a_returning_request_decodes_when_its_picture_is_encoded()
     batch = scheduler.schedule()
     assert batch is not None
     assert [(row.request, row.q_len) for row in batch.rows] == [(other, 1), (asked, 1)]
+
+
+def prompts_with_pictures(room: int, max_encode_tokens: int = 4) -> tuple[Scheduler, list[ImageRef]]:
+    """One request decodes; four prompts with a picture each wait. Three of their tokens fit into a step, the cache has `room`."""
+    scheduler = make(max_mixed_tokens=4, max_encode_tokens=max_encode_tokens, num_pages=40)
+    scheduler.vision_cache.max_bytes = room
+    scheduler.encode_beside = True
+    scheduler.add(request([1, 2], name="decodes"))
+    step(scheduler)
+    pictures = [ImageRef(bytes([i]) * 32, 0, 4, (1, 1, 1)) for i in range(4)]
+    for i, picture in enumerate(pictures):
+        scheduler.add(request([99] * 4 + [i] * 12, (picture,), name=f"{i}"))
+        scheduler.put_pixels(picture.digest, "pixels")
+    return scheduler, pictures
+
+
+def encoded(scheduler: Scheduler) -> list[ImageRef]:
+    """The pictures that are encoded in the next step."""
+    before = set(scheduler.pixels)
+    step(scheduler)
+    gone = before - set(scheduler.pixels)
+    return [ImageRef(digest, 0, 4, (1, 1, 1)) for digest in gone]
+
+
+def test_while_one_prompt_is_computed_the_pictures_of_the_next_are_encoded():
+    scheduler, pictures = prompts_with_pictures(room=100)
+    # the first for its own prompt, and two steps' worth ahead
+    assert [encoded(scheduler) for _ in range(5)] == [[p] for p in pictures[:3]] + [[], []]
+    # the last when the second prompt has begun
+    assert [encoded(scheduler) for _ in range(3)] == [[], pictures[3:], []]
+
+
+def test_a_picture_ahead_of_its_time_takes_nobodys_place():
+    scheduler, pictures = prompts_with_pictures(room=8)
+    # the third has to wait until the prompt is beyond the first
+    assert [encoded(scheduler) for _ in range(4)] == [[p] for p in pictures[:2]] + [[], [pictures[2]]]
+    scheduler, pictures = prompts_with_pictures(room=3)
+    # a guest of the cache, which one that nobody needs yet may not be
+    assert [encoded(scheduler) for _ in range(4)] == [[pictures[0]], [], [], []]
+
+
+def test_ahead_is_beside_decoding_alone():
+    for beside, decodes, number in ((True, True, 3), (False, True, 1), (True, False, 1)):
+        scheduler, pictures = prompts_with_pictures(room=100, max_encode_tokens=12)
+        scheduler.encode_beside = beside
+        if not decodes:
+            scheduler.finish(scheduler.running[0], FinishReason.ABORT)
+            scheduler.config = replace(scheduler.config, max_step_tokens=16)
+        batch = scheduler.schedule()
+        assert batch is not None
+        assert batch.encode == pictures[:number]

@@ -14,7 +14,7 @@ from sightline.engine.core import EngineCore, Sampled
 from sightline.engine.encode_queue import LARGE
 from sightline.engine.scheduler import ScheduledRow, Scheduler, SchedulerConfig
 from sightline.models import Encoding
-from sightline.types import EngineRequest, ImageRef, SamplingParams, ids_to_bytes
+from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, SamplingParams, ids_to_bytes
 
 PARTS, SLICE = 12, 3.0
 
@@ -33,14 +33,19 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.parts = 0
+        self.begun: list[list[bytes]] = []
+        self.bad: set[bytes] = set()
 
     def new_state(self, sampling: SamplingParams, prompt_ids: np.ndarray, index: int) -> None:
         return None
 
     def encoding(self, images: Sequence[ImageRef], pixels: Sequence[Any]) -> Encoding[list[str]]:
+        self.begun.append([image.digest for image in images])
         for _ in range(PARTS):
             self.parts += 1
             yield 1.0
+        if any(image.digest in self.bad for image in images):
+            raise ValueError("no picture")
         return ["features"] * len(images)
 
     def slice_flops(self) -> float:
@@ -114,6 +119,31 @@ def test_a_picture_that_is_half_encoded_for_nobody_makes_room_for_the_next():
         world.core.step()
         assert not world.core.stalled
     assert world.scheduler.vision_cache.is_filled(second.digest)
+
+
+def test_a_bad_picture_is_tried_ahead_once_and_ends_its_request_when_its_turn_comes():
+    world = World(1 << 20)
+    bad = ImageRef(b"b" * 32, 1, 500, (1, 1, 500))
+    world.runner.bad = {bad.digest}
+    world.add("decodes", 8)
+    world.core.step()
+    world.add("takes ten steps", 640)
+    world.add("fails", 502, bad)
+    ended: dict[str, Any] = {}
+    ahead = 0
+    for _ in range(60):
+        if any(request.request_id == "fails" for request in world.scheduler.waiting):
+            ahead = world.runner.begun.count([bad.digest])
+        for event in world.core.step():
+            if isinstance(event, NeedPixels):
+                world.core.put_pixels(bad.digest, "pixels")
+            elif event.finish_reason is not None:
+                ended[event.request_id] = event.finish_reason
+    assert ended == {"fails": FinishReason.ERROR}
+    # each time once more at once, as every picture that fails
+    assert ahead == 2
+    assert world.runner.begun.count([bad.digest]) == 4
+    assert not world.scheduler.never_ahead
 
 
 @pytest.mark.parametrize("num_features", [LARGE, LARGE + 1])

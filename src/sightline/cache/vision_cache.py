@@ -62,12 +62,12 @@ class VisionCache:
         self._entries.move_to_end(digest)
         return entry.value
 
-    def can_fit(self, nbytes: int, group: Collection[bytes] = ()) -> bool:
+    def can_fit(self, nbytes: int, group: Collection[bytes] = (), guest: bool = True) -> bool:
         """Whether `reserve` would succeed now. group: entries that the newcomer will be used with; they are no rivals that
-        a guest would have to wait for, or pictures that only make sense together could wait for each other."""
+        a guest would have to wait for, or pictures that only make sense together could wait for each other. guest: may be one."""
         kept = [(digest, e) for digest, e in self._entries.items() if self._must_stay(e) or digest in group]
         rivals = any(digest not in group for digest, _ in kept)
-        return sum(e.nbytes for _, e in kept) + nbytes <= self.max_bytes or not rivals
+        return sum(e.nbytes for _, e in kept) + nbytes <= self.max_bytes or (guest and not rivals)
 
     def reserve(self, digest: bytes, nbytes: int, group: Collection[bytes] = ()) -> bool:
         """Make room for an absent picture, evicting what nobody uses; False, and nothing changed, if that is too little.

@@ -312,7 +312,7 @@ class EngineCore:
                 _reraise_if_fatal(done.error)
                 holders = [r for r in self._requests.values() if done.image.digest in r.pinned]
                 events += [self._fail(request, done.error) for request in holders]
-            self.scheduler.vision_cache.discard_unfilled(done.image.digest)
+            self.scheduler.not_encoded(done.image.digest, failed=done.error is not None)
         self.stats.encode_seconds.observe(self._clock() - began)
         if events:
             num_decode = sum(not row.request.finished for row in batch.rows[: batch.num_decode])
@@ -321,10 +321,10 @@ class EngineCore:
         return events
 
     def _times_of(self, digests: Iterable[bytes]) -> list[Times]:
-        """Of the requests that hold one of these pictures and are timed."""
-        timed = [r for r in self._requests.values() if r.times is not None]
+        """Of the requests that wait for one of these pictures and are timed."""
+        timed = [r for r in self._requests.values() if r.times is not None and r.in_prefill]
         wanted = set(digests) if timed else set()
-        return [r.times for r in timed if r.times is not None and not r.pinned.isdisjoint(wanted)]
+        return [r.times for r in timed if r.times is not None and any(i.digest in wanted for i in r.images)]
 
     def _launched(self, rows: Sequence[ScheduledRow]) -> None:
         for row in rows:

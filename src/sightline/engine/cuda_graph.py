@@ -21,10 +21,10 @@ from sightline.engine.encoder import has_cross_attention
 
 # Prompts of one mixed step, at most.
 _MAX_PROMPTS = 32
-# Rows of a mixed step, up to the scheduler's bound, and of these how many decode or are sampled.
-_TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792)
+# Rows of a mixed step, up to the scheduler's bound, and of these how many decode or are sampled. Beyond, padding would cost more than
+# the launches, for which the device is busy long enough.
+_TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
 _SAMPLED = (16, 64, 128, 256)
-_MIN_GAP = 128
 # Pictures beside the text that a row of a decode step may see.
 _MAX_SEEN = 8
 
@@ -128,7 +128,8 @@ class StepGraphs:
         self._num_heads = num_heads
         decode = [n for n in (1, 2, 4, *range(8, 128, 8), *range(128, max_batch, 16)) if n < max_batch]
         self.decode_sizes = [*decode, max_batch]
-        self.token_sizes = [n for n in _TOKENS if n < max_mixed] + [max_mixed]
+        largest = min(max_mixed, _TOKENS[-1])
+        self.token_sizes = [n for n in _TOKENS if n < largest] + [largest]
         self.sampled_sizes = [n for n in _SAMPLED if n < max_running] + [max_running]
         sequences = max_running + _MAX_PROMPTS + 1
         self._num_tiles = {
@@ -244,9 +245,8 @@ class StepGraphs:
         size = self.sampled_sizes[bisect_left(self.sampled_sizes, sampled)]
         needed = max(num_rows, min(size, self.token_sizes[-1]))
         tokens = self.token_sizes[bisect_left(self.token_sizes, needed)]
-        # between the last sizes there can be a wide gap, where padding would cost more than launches
         key = GraphKey(tokens, size)
-        return None if tokens - needed > max(_MIN_GAP, needed // 3) or key not in self.planned else key
+        return key if key in self.planned else None
 
     def run(
         self,

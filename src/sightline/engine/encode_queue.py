@@ -15,9 +15,10 @@ logger = logging.getLogger("sightline.engine")
 
 # Between two steps that decode: less than such a step takes while prompts come in.
 SLICE_SECONDS = 0.015
-# Features of pictures that take many slices: one of 1500 x 1500 pixels has 2809. While one is encoded, slices and prompts take turns
-# in the steps that decode, so that none is as long as both.
-LARGE = 2048
+# Slices that a large picture takes more than, or features, as long as none like it has been encoded: one of 1500 x 1500 pixels has
+# 2809. While one is encoded, slices and prompts take turns in the steps that decode, so that none is as long as both.
+_FEW_SLICES, LARGE = 2, 2048
+_MAX_KINDS = 256
 
 
 class Encoded(NamedTuple):
@@ -40,16 +41,22 @@ class PictureRunner(Protocol):
 
 @dataclass
 class _Job:
-    """Pictures that are encoded together. work: once it has begun. again: it failed before."""
+    """Pictures that are encoded together. work: once it has begun. flops: of it. again: it failed before."""
 
     images: list[ImageRef]
     pixels: list[Any]
     again: bool = False
     work: Any = None
+    flops: float = 0.0
     digests: set[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
         self.digests = {image.digest for image in self.images}
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for pictures of equal shapes, which take as much work."""
+        return tuple((image.grid, image.num_tokens) for image in self.images)
 
 
 class EncodeQueue:
@@ -63,6 +70,7 @@ class EncodeQueue:
         self._wanted = wanted
         self._more_is_large = more_is_large
         self._jobs: deque[_Job] = deque()
+        self._flops: dict[tuple[Any, ...], float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -76,7 +84,11 @@ class EncodeQueue:
         """Whether what is encoded next is."""
         if not self._jobs:
             return False
-        return sum(image.num_tokens for image in (self._begun or self._jobs[0]).images) > self._more_is_large
+        job = self._begun or self._jobs[0]
+        flops, limit = self._flops.get(job.kind), self._runner.slice_flops()
+        if flops is None or limit is None:
+            return sum(image.num_tokens for image in job.images) > self._more_is_large
+        return flops > _FEW_SLICES * limit
 
     @property
     def _begun(self) -> _Job | None:
@@ -111,9 +123,14 @@ class EncodeQueue:
         try:
             if job.work is None:
                 job.work = self._runner.encoding(job.images, job.pixels)
-            return next(job.work), []
+            flops = next(job.work)
+            job.flops += flops
+            return flops, []
         except StopIteration as end:
             self._jobs.remove(job)
+            if len(self._flops) == _MAX_KINDS:
+                self._flops.clear()
+            self._flops[job.kind] = job.flops
             return 0.0, [Encoded(image, value) for image, value in zip(job.images, end.value, strict=True)]
         except Exception as error:
             self._jobs.remove(job)

@@ -47,8 +47,9 @@ logger = logging.getLogger("sightline.engine")
 # On a GPU, unless --chunked-prefill-size says otherwise. Rows of a step that also decodes: they bound the time between two tokens
 # while others' prompts come in. For prompts of one or two thousand tokens more is not faster, because fewer decode rows ride along.
 _MAX_MIXED_TOKENS = 768
-# Of families that make more than this of a picture of 1024 x 1024: LLaVA-OneVision's 7425 tokens would take ten steps of 768.
-_LONG_PICTURE, _MAX_MIXED_TOKENS_LONG = 4096, 2048
+# Of families that make more than this of a picture of 1024 x 1024: LLaVA-OneVision's 7425 tokens would take ten steps of 768. The
+# products of 3584 rows fill three times the 132 multiprocessors of an H200 nearly whole.
+_LONG_PICTURE, _MAX_MIXED_TOKENS_LONG = 4096, 3584
 # On a GPU, for each rank. Features encoded at once: a few pictures fill the device, and prompts wait for the whole batch.
 _MAX_ENCODE_TOKENS = 1024
 

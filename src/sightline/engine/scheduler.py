@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from sightline.cache.vision_cache import VisionCache
 from sightline.engine.pictures import beside_text, in_text
 from sightline.engine.request import Request
 from sightline.types import FinishReason, ImageRef
+
+# Prompts whose pictures may be encoded before their turn.
+_AHEAD = 8
 
 
 class ScheduledRow(NamedTuple):
@@ -68,7 +72,8 @@ class SchedulerConfig:
 class Scheduler:
     """Owns the life of requests between `add` and `finish`, and every page and pin they hold.
 
-    encode_beside: while others decode, a prompt waits for its pictures, which are encoded in slices between the steps.
+    encode_beside: while others decode, a prompt waits for its pictures, which are encoded in slices between the steps, those of
+    the next prompts ahead of their time.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.pixels: dict[bytes, object] = {}
+        self.never_ahead: set[bytes] = set()
         self.pixel_requests: list[tuple[Request, list[bytes]]] = []
         self.num_retractions = 0
         self.num_recomputed = 0
@@ -114,6 +120,12 @@ class Scheduler:
         for request in (*self.waiting, *self.running):
             request.asked_pixels.discard(digest)
 
+    def not_encoded(self, digest: bytes, failed: bool) -> None:
+        """A picture whose place is reserved has no features. One that failed is not tried again before its turn."""
+        self.vision_cache.discard_unfilled(digest)
+        if failed and self.wants(digest):
+            self.never_ahead.add(digest)
+
     def flush(self) -> None:
         """Forget cached prefixes and encoded pictures that nobody uses now."""
         if self.radix is not None:
@@ -133,6 +145,7 @@ class Scheduler:
             if not self._wanted[image.digest]:
                 del self._wanted[image.digest]
                 self.pixels.pop(image.digest, None)
+                self.never_ahead.discard(image.digest)
 
     def retract(self, request: Request) -> None:
         """Take a request's pages away and put it in front of the queue."""
@@ -206,6 +219,8 @@ class Scheduler:
             if request in prefills and budget > 0:
                 budget -= self._schedule_chunk(batch, request, budget)
         self._admit(batch, budget)
+        if self.encode_beside and batch.num_decode:
+            self._encode_ahead(batch)
         return batch if batch.rows else None
 
     def _lacks_features(self, request: Request) -> bool:
@@ -371,6 +386,49 @@ class Scheduler:
         if planned and planned + sum(map(num_features, absent)) > self.config.max_encode_tokens:
             return False
         return self.vision_cache.can_fit(sum(map(self._feature_bytes, absent)), group)
+
+    def _encode_ahead(self, batch: Batch) -> None:
+        """Plan the encoding of pictures that prompts need in the steps to come, soonest first: two steps' worth of features, and one
+        picture always. They are not pinned, so that nobody waits for a picture whose time has not come."""
+        left = 2 * self.config.max_encode_tokens
+        soon: set[bytes] = set()
+        prompts = (r for r in (*self.running, *self.waiting) if r.images and r.in_prefill)
+        for request in islice(prompts, _AHEAD):
+            if not request.pages and self._held_back(request):
+                continue
+            for group in self._needs(request.images, self._first_uncached(request), request.num_tokens):
+                if all(image.digest in request.pinned for image in group):
+                    continue
+                soon.update(image.digest for image in group)
+                for image in group:
+                    if self.vision_cache.is_filled(image.digest):
+                        # what makes room for the next must be older
+                        self.vision_cache.get(image.digest)
+                    elif not self.vision_cache.contains(image.digest) and not self._plan_ahead(batch, image, soon):
+                        return
+                left -= sum(map(self.config.num_features, group))
+                if left <= 0:
+                    return
+
+    def _first_uncached(self, request: Request) -> int:
+        """The first token that has no keys and values yet; of a waiting one, whose pictures are encoded, the first of all."""
+        if request.pages or self.radix is None or all(self.vision_cache.contains(i.digest) for i in request.images):
+            return request.num_computed
+        return self._num_cached_pages(request) * self.config.page_size
+
+    def _plan_ahead(self, batch: Batch, image: ImageRef, soon: Collection[bytes]) -> bool:
+        """Reserve an absent picture's place and plan its encoding, if no picture of `soon` has to go for it."""
+        features = self.config.num_features(image)
+        planned = sum(map(self.config.num_features, batch.encode))
+        if image.digest not in self.pixels or image.digest in self.never_ahead:
+            return False
+        if planned and planned + features > self.config.max_encode_tokens:
+            return False
+        if not self.vision_cache.can_fit(self._feature_bytes(image), soon, guest=False):
+            return False
+        self.vision_cache.reserve(image.digest, self._feature_bytes(image))
+        batch.encode.append(image)
+        return True
 
     def _feature_bytes(self, image: ImageRef) -> int:
         return self.config.num_features(image) * self.config.image_token_bytes

@@ -72,7 +72,7 @@ class EngineConfig(BaseModel):
     )
     chunked_prefill_size: int | None = setting(
         None,
-        "Tokens of one step; on a GPU 8192 by default, and 768 while others decode (3584 with LLaVA-OneVision); on a CPU 2048.",
+        "Tokens of one step; on a GPU 8192 by default, and 768 while others decode (up to 3584 with LLaVA-OneVision); on a CPU 2048.",
         "max-num-batched-tokens",
         ge=1,
     )

@@ -259,6 +259,7 @@ class Workload:
     num_pages: int
     max_step_tokens: int
     max_mixed_tokens: int | None
+    min_mixed_tokens: int | None
     max_running: int
     max_encode_tokens: int
     vision_bytes: int
@@ -294,6 +295,7 @@ class Workload:
             num_pages=minimum + rng.choice([0, 0, 1, 2, minimum, 4 * minimum]),
             max_step_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
             max_mixed_tokens=rng.choice([None, None, 1, 4, 9]),
+            min_mixed_tokens=rng.choice([None, 1]),
             max_running=rng.choice([1, 2, 3, 8, 16]),
             max_encode_tokens=rng.choice([1, 10, 30]),
             vision_bytes=rng.choice([0, 8, 14, 20, 40, 1000]),
@@ -371,6 +373,7 @@ class Simulation:
             page_size=work.page_size,
             max_step_tokens=work.max_step_tokens,
             max_mixed_tokens=work.max_mixed_tokens,
+            min_mixed_tokens=work.min_mixed_tokens,
             max_running=work.max_running,
             max_encode_tokens=work.max_encode_tokens,
             image_token_bytes=1,

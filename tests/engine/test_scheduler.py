@@ -225,3 +225,37 @@ def test_ahead_is_beside_decoding_alone():
         batch = scheduler.schedule()
         assert batch is not None
         assert batch.encode == pictures[:number]
+
+
+def test_a_step_that_decodes_is_larger_the_more_prompts_wait():
+    scheduler = make(
+        num_pages=40_000, max_step_tokens=8192, max_mixed_tokens=3584, min_mixed_tokens=768, max_running=100
+    )
+    scheduler.add(request([1, 2], name="decodes"))
+    step(scheduler)
+    rows = []
+    for number in range(40):
+        scheduler.add(request([number] * 4000, name=f"{number}"))
+        rows.append(sum(q_len for _, _, q_len in step(scheduler)))
+    # as many as clear what waits in sixteen steps, in sizes that graphs have: never fewer than the least, which do for the first
+    assert rows[:3] == [768] * 3
+    assert {n % 256 for n in rows} == {0}
+    assert rows == sorted(rows)
+    assert rows[-1] == 3584
+    for r in [*scheduler.waiting]:
+        scheduler.finish(r, FinishReason.ABORT)
+    assert sum(q_len for _, _, q_len in step(scheduler)) <= 768
+
+
+def test_prompts_take_the_share_of_a_step_that_they_are_told():
+    scheduler = make(num_pages=4000, max_step_tokens=8192, max_mixed_tokens=900, max_running=100)
+    scheduler.add(request([1, 2], name="decodes"))
+    step(scheduler)
+    scheduler.add(request([3] * 5000))
+    for share, rows in ((1.0, 900), (2 / 3, 600), (0.0, 1)):
+        batch = scheduler.schedule(share)
+        assert batch is not None
+        assert sum(row.q_len for row in batch.rows) == rows
+        for row in batch.rows:
+            scheduler.advance(row)
+        batch.rows[0].request.output_ids.append(7)

@@ -158,5 +158,9 @@ def test_prompts_and_slices_share_steps_unless_the_picture_is_large(num_features
         assert not both
         # ended by a slice without a part
         assert slices == [True, False] * (PARTS // int(SLICE)) + [False], "they take turns"
+        # the first knows of no picture yet
+        assert {step.num_decode + step.num_prompt_tokens for step in steps[1:] if step.num_prompt_tokens} == {
+            64 * 2 // 3
+        }
     else:
         assert len(both) >= PARTS // SLICE - 1

@@ -15,6 +15,8 @@ logger = logging.getLogger("sightline.engine")
 
 # Between two steps that decode: less than such a step takes while prompts come in.
 SLICE_SECONDS = 0.015
+# Of the rows that a step may have, in those between the slices of a large picture, so that neither is long.
+PROMPTS_SHARE = 2 / 3
 # Slices that a large picture takes more than, or features, as long as none like it has been encoded: one of 1500 x 1500 pixels has
 # 2809. While one is encoded, slices and prompts take turns in the steps that decode, so that none is as long as both.
 _FEW_SLICES, LARGE = 2, 2048

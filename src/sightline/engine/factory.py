@@ -46,9 +46,9 @@ logger = logging.getLogger("sightline.engine")
 
 # On a GPU, unless --chunked-prefill-size says otherwise. Rows of a step that also decodes: they bound the time between two tokens
 # while others' prompts come in. For prompts of one or two thousand tokens more is not faster, because fewer decode rows ride along.
-_MAX_MIXED_TOKENS = 768
-# Of families that make more than this of a picture of 1024 x 1024: LLaVA-OneVision's 7425 tokens would take ten steps of 768. The
-# products of 3584 rows fill three times the 132 multiprocessors of an H200 nearly whole.
+_MIXED_TOKENS = 768
+# At most, where many wait, of families that make more than this of a picture of 1024 x 1024: LLaVA-OneVision's 7425 tokens would take
+# ten steps of 768. The products of 3584 rows fill three times the 132 multiprocessors of an H200 nearly whole.
 _LONG_PICTURE, _MAX_MIXED_TOKENS_LONG = 4096, 3584
 # On a GPU, for each rank. Features encoded at once: a few pictures fill the device, and prompts wait for the whole batch.
 _MAX_ENCODE_TOKENS = 1024
@@ -245,7 +245,7 @@ def _backend(name: str, device: torch.device) -> AttentionBackend:
 def _mixed_tokens(model_dir: Path, hf_config: dict) -> int:
     processor = load_processor(FAMILIES[architecture(hf_config)].processor, model_dir)
     is_long = processor is not None and processor.plan(1024, 1024).num_tokens > _LONG_PICTURE
-    return _MAX_MIXED_TOKENS_LONG if is_long else _MAX_MIXED_TOKENS
+    return _MAX_MIXED_TOKENS_LONG if is_long else _MIXED_TOKENS
 
 
 def _peak(runner: ModelRunner, model_dir: Path, hf_config: dict, max_step: int, max_running: int) -> int:
@@ -287,6 +287,7 @@ def _scheduler_config(
         max_step_tokens=max_step,
         max_running=plan.max_running_requests,
         max_mixed_tokens=max_mixed,
+        min_mixed_tokens=None if max_mixed is None else min(_MIXED_TOKENS, max_mixed),
         max_encode_tokens=_encode_tokens(runner, max_step) if on_gpu else max_step,
         image_token_bytes=model.config.hidden_size * dtype.itemsize,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ from sightline.engine.pictures import beside_text, in_text
 from sightline.engine.request import Request
 from sightline.types import FinishReason, ImageRef
 
+# In how many steps that decode the prompts that wait are to be computed.
+_MANY_STEPS = 16
 # Prompts whose pictures may be encoded before their turn.
 _AHEAD = 8
 
@@ -53,7 +55,8 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """max_step_tokens: rows of one step; max_mixed_tokens: of one that also decodes, so that those who wait for their next
-    token never wait long (None: the same). max_encode_tokens: features encoded in one step (one picture always may).
+    token never wait long (None: the same); min_mixed_tokens: what such a step may have however few prompts wait (None: the same).
+    max_encode_tokens: features encoded in one step (one picture always may).
 
     image_token_bytes: bytes of one feature, for the vision cache's budget. num_features: how many a picture has; one for
     each placeholder unless said otherwise. cross_attention: pictures stand beside the text, see `engine.pictures`.
@@ -65,6 +68,7 @@ class SchedulerConfig:
     max_encode_tokens: int
     image_token_bytes: int
     max_mixed_tokens: int | None = None
+    min_mixed_tokens: int | None = None
     num_features: Callable[[ImageRef], int] = attrgetter("num_tokens")
     cross_attention: bool = False
 
@@ -195,10 +199,10 @@ class Scheduler:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def schedule(self, prompts_wait: bool = False) -> Batch | None:
+    def schedule(self, prompt_share: float = 1.0) -> Batch | None:
         """The next step, or None when nothing can run. Pages for every row of it are allocated.
 
-        prompts_wait: if anybody decodes, nobody does anything else.
+        prompt_share: if anybody decodes, of the rows that such a step may have; with 0 nobody does anything else.
         """
         batch = Batch()
         budget = self.config.max_step_tokens
@@ -211,10 +215,11 @@ class Scheduler:
                 batch.rows.append(ScheduledRow(request, request.num_computed, 1, True))
                 budget -= 1
         batch.num_decode = len(batch.rows)
-        if batch.rows and prompts_wait:
+        if batch.rows and not prompt_share:
             return batch
         if batch.rows and self.config.max_mixed_tokens is not None:
-            budget = min(budget, max(self.config.max_mixed_tokens - batch.num_decode, 0))
+            rows = int(self._mixed_tokens(self.config.max_mixed_tokens) * prompt_share)
+            budget = min(budget, max(rows - batch.num_decode, 0))
         for request in self.running:
             if request in prefills and budget > 0:
                 budget -= self._schedule_chunk(batch, request, budget)
@@ -222,6 +227,19 @@ class Scheduler:
         if self.encode_beside and batch.num_decode:
             self._encode_ahead(batch)
         return batch if batch.rows else None
+
+    def _mixed_tokens(self, most: int) -> int:
+        """Rows of a step that decodes: more, the more tokens of prompts wait, so that few prompts disturb little and many do not wait
+        long. In steps of the sizes that CUDA graphs have."""
+        least = self.config.min_mixed_tokens
+        if least is None or least == most:
+            return most
+        waiting = 0
+        for request in chain(self.running, self.waiting):
+            waiting += request.remaining if request.in_prefill else 0
+            if waiting >= _MANY_STEPS * most:
+                return most
+        return max(least, waiting // _MANY_STEPS // 256 * 256)
 
     def _lacks_features(self, request: Request) -> bool:
         """Beside the text, decoding needs pictures too: of a request that came back from a retraction with all tokens but

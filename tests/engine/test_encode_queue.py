@@ -113,13 +113,17 @@ def test_what_failed_is_tried_again_in_the_same_step_however_small_a_slice_is():
 
 def test_a_picture_of_many_features_is_large_while_it_is_next():
     big = ImageRef(b"d" * 32, 0, LARGE + 1, (1, 1, 1))
-    waiting = queue(Counting(slice=3.0), A, big, B)
-    sizes = []
+    runner = Counting(slice=3.0)
+    waiting = queue(runner, A, big, B)
+    sizes, parts = [], []
     while waiting:
         sizes.append(waiting.large)
+        before = runner.parts
         waiting.advance((), True)
-    # three parts of A; its last and two of the large one, whose last two share a slice with the first of B; B and its end
-    assert sizes == [False, False, True, False, False]
+        parts.append(runner.parts - before)
+    # its slices are two thirds of the others: the last of A and two of the large one, then its other two, and its end with two of B
+    assert sizes == [False, False, True, True, False]
+    assert parts == [3, 3, 2, 2, 2]
     assert not waiting.large
 
 

@@ -11,7 +11,7 @@ import pytest
 from sightline.cache.page_pool import PagePool
 from sightline.cache.vision_cache import VisionCache
 from sightline.engine.core import EngineCore, Sampled
-from sightline.engine.encode_queue import LARGE
+from sightline.engine.encode_queue import BESIDE_LARGE, LARGE
 from sightline.engine.scheduler import ScheduledRow, Scheduler, SchedulerConfig
 from sightline.models import Encoding
 from sightline.types import EngineRequest, FinishReason, ImageRef, NeedPixels, SamplingParams, ids_to_bytes
@@ -157,10 +157,10 @@ def test_prompts_and_slices_share_steps_unless_the_picture_is_large(num_features
     if num_features > LARGE:
         assert not both
         # ended by a slice without a part
-        assert slices == [True, False] * (PARTS // int(SLICE)) + [False], "they take turns"
+        assert slices == [True, False] * (PARTS // round(SLICE * BESIDE_LARGE)) + [False], "they take turns"
         # the first knows of no picture yet
         assert {step.num_decode + step.num_prompt_tokens for step in steps[1:] if step.num_prompt_tokens} == {
-            64 * 2 // 3
+            int(64 * BESIDE_LARGE)
         }
     else:
         assert len(both) >= PARTS // SLICE - 1

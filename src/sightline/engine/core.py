@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from sightline.engine.encode_queue import PROMPTS_SHARE, EncodeQueue
+from sightline.engine.encode_queue import BESIDE_LARGE, EncodeQueue
 from sightline.engine.grammar import GrammarCompiler, wait_for_any
 from sightline.engine.request import Request
 from sightline.engine.scheduler import Batch, ScheduledRow, Scheduler
@@ -207,7 +207,7 @@ class EngineCore:
         Returns tokens, and what the engine needs to go on; empty when nothing could run.
         """
         events: list[TokenEvent | NeedPixels] = [*self._start_matchers()]
-        share = (0.0 if self._encoders_turn else PROMPTS_SHARE) if self._pictures.large else 1.0
+        share = (0.0 if self._encoders_turn else BESIDE_LARGE) if self._pictures.large else 1.0
         batch = self.scheduler.schedule(prompt_share=share)
         events += [
             NeedPixels(request.request_id, digests)

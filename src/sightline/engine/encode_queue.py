@@ -15,8 +15,8 @@ logger = logging.getLogger("sightline.engine")
 
 # Between two steps that decode: less than such a step takes while prompts come in.
 SLICE_SECONDS = 0.015
-# Of the rows that a step may have, in those between the slices of a large picture, so that neither is long.
-PROMPTS_SHARE = 2 / 3
+# Of a slice of a large picture, and of the rows of a step between two of them: all the others wait through both.
+BESIDE_LARGE = 2 / 3
 # Slices that a large picture takes more than, or features, as long as none like it has been encoded: one of 1500 x 1500 pixels has
 # 2809. While one is encoded, slices and prompts take turns in the steps that decode, so that none is as long as both.
 _FEW_SLICES, LARGE = 2, 2048
@@ -103,6 +103,8 @@ class EncodeQueue:
         """
         done: list[Encoded] = []
         limit = self._runner.slice_flops()
+        if limit is not None and self.large:
+            limit *= BESIDE_LARGE
         missing = set(needed)
         spent = last = 0.0
         while self._jobs:

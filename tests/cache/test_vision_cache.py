@@ -94,6 +94,17 @@ def test_a_group_larger_than_the_budget_is_a_guest_together():
     assert cache.contains(B)
 
 
+def test_what_is_no_guest_displaces_none_of_its_group_and_nothing_larger_than_all_room():
+    cache = VisionCache(100)
+    put(cache, A, 60)
+    put(cache, B, 30)
+    assert cache.can_fit(40, {B}, guest=False)
+    assert not cache.can_fit(41, {A}, guest=False)
+    assert cache.can_fit(41, {A})
+    assert not cache.can_fit(101, guest=False)
+    assert cache.can_fit(101)
+
+
 def test_room_for_a_group_counts_those_of_it_that_are_here():
     cache = VisionCache(100)
     put(cache, C, 10)

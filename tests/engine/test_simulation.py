@@ -167,6 +167,10 @@ def encode_for_nobody(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "wants", lambda self, digest: False)
 
 
+def keep_the_place_of_what_is_not_encoded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "not_encoded", lambda self, digest, failed: None)
+
+
 ADVANCE = EncodeQueue.advance
 PLANTED = [
     leak_a_page,
@@ -182,6 +186,7 @@ PLANTED = [
     lose_pixels,
     start_before_the_pictures_are_encoded,
     encode_for_nobody,
+    keep_the_place_of_what_is_not_encoded,
 ]
 
 

@@ -190,7 +190,7 @@ def _non_negative(did: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 def _profile(info: dict[str, Any], costs: Costs) -> Profile:
     plan, config = info["memory_plan"], info["config"]
     on_cpu = plan["device"] == "cpu"
-    # As engine.factory chooses them.
+    # As engine.factory chooses them, but for families of very long pictures.
     max_step = config["chunked_prefill_size"] or (2048 if on_cpu else 8192)
     per_token = plan["image_token_bytes"]
     facts = environment(("sightline",))

@@ -9,7 +9,7 @@ retracted: it gives its pages back, keeps its tokens, and prefills them again la
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from operator import attrgetter
@@ -399,34 +399,42 @@ class Scheduler:
         if missing:
             self._ask_pixels(request, missing)
             return False
+        return self._has_room(batch, absent, group)
+
+    def _has_room(self, batch: Batch, absent: Sequence[ImageRef], group: Collection[bytes], guest: bool = True) -> bool:
+        """As far as this step's encoder budget and the vision cache go. group, guest: see `VisionCache.can_fit`."""
         num_features = self.config.num_features
         planned = sum(map(num_features, batch.encode))
         if planned and planned + sum(map(num_features, absent)) > self.config.max_encode_tokens:
             return False
-        return self.vision_cache.can_fit(sum(map(self._feature_bytes, absent)), group)
+        return self.vision_cache.can_fit(sum(map(self._feature_bytes, absent)), group, guest)
 
     def _encode_ahead(self, batch: Batch) -> None:
         """Plan the encoding of pictures that prompts need in the steps to come, soonest first: two steps' worth of features, and one
         picture always. They are not pinned, so that nobody waits for a picture whose time has not come."""
         left = 2 * self.config.max_encode_tokens
         soon: set[bytes] = set()
-        prompts = (r for r in (*self.running, *self.waiting) if r.images and r.in_prefill)
+        for group in self._to_come():
+            soon.update(image.digest for image in group)
+            for image in group:
+                if self.vision_cache.is_filled(image.digest):
+                    # what makes room for the next must be older
+                    self.vision_cache.get(image.digest)
+                elif not self.vision_cache.contains(image.digest) and not self._plan_ahead(batch, image, soon):
+                    return
+            left -= sum(map(self.config.num_features, group))
+            if left <= 0:
+                return
+
+    def _to_come(self) -> Iterator[Sequence[ImageRef]]:
+        """Pictures that the next prompts need and do not hold yet, soonest first."""
+        prompts = (r for r in chain(self.running, self.waiting) if r.images and r.in_prefill)
         for request in islice(prompts, _AHEAD):
             if not request.pages and self._held_back(request):
                 continue
             for group in self._needs(request.images, self._first_uncached(request), request.num_tokens):
-                if all(image.digest in request.pinned for image in group):
-                    continue
-                soon.update(image.digest for image in group)
-                for image in group:
-                    if self.vision_cache.is_filled(image.digest):
-                        # what makes room for the next must be older
-                        self.vision_cache.get(image.digest)
-                    elif not self.vision_cache.contains(image.digest) and not self._plan_ahead(batch, image, soon):
-                        return
-                left -= sum(map(self.config.num_features, group))
-                if left <= 0:
-                    return
+                if not all(image.digest in request.pinned for image in group):
+                    yield group
 
     def _first_uncached(self, request: Request) -> int:
         """The first token that has no keys and values yet; of a waiting one, whose pictures are encoded, the first of all."""
@@ -436,13 +444,9 @@ class Scheduler:
 
     def _plan_ahead(self, batch: Batch, image: ImageRef, soon: Collection[bytes]) -> bool:
         """Reserve an absent picture's place and plan its encoding, if no picture of `soon` has to go for it."""
-        features = self.config.num_features(image)
-        planned = sum(map(self.config.num_features, batch.encode))
         if image.digest not in self.pixels or image.digest in self.never_ahead:
             return False
-        if planned and planned + features > self.config.max_encode_tokens:
-            return False
-        if not self.vision_cache.can_fit(self._feature_bytes(image), soon, guest=False):
+        if not self._has_room(batch, [image], soon, guest=False):
             return False
         self.vision_cache.reserve(image.digest, self._feature_bytes(image))
         batch.encode.append(image)
